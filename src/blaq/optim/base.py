@@ -1,0 +1,222 @@
+"""An optimizer whose parameters hold quantized weights, and whose state holds the latent ones.
+
+Here: groups, state, what the parameters hold, checkpoints. The steps are in `blaq.optim.blaq`.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from blaq.optim import checkpoint, held
+from blaq.optim.options import GROUP_DEFAULTS, SHARED, check_group, check_options, parameter_name
+from blaq.optim.update import Group
+
+
+class LatentOptimizer(Optimizer):
+    """Base of `BLAQ`: a quantized parameter holds exactly ``scale * level``; its latent weight is in the state."""
+
+    def __init__(self, params: ParamsT, options: dict[str, Any], module: nn.Module | None) -> None:
+        check_options(self._owner, options)
+        self.module = module
+        self._constructed = False
+        self._reset_transient()
+        super().__init__(params, {**options, **GROUP_DEFAULTS})
+        if all(group["grid"] is None for group in self.param_groups):
+            warnings.warn(
+                f"{self._owner}: no parameter group has a grid, so nothing is quantized; build the groups with "
+                "blaq.param_groups(model, bits=...).",
+                stacklevel=3,
+            )
+        self._initialize(self.param_groups)
+        self._constructed = True
+
+    def _reset_transient(self) -> None:
+        """What can be found again after loading: never in a checkpoint."""
+        self._versions: dict[Tensor, int] = {}  # of the parameters as we wrote them: tells a write from outside
+
+    def _check_idle(self, what: str) -> None:
+        """Refuse while a step is under way: nothing may be saved or changed then."""
+
+    # --- what the parameters hold ---------------------------------------------------------------------------------------
+
+    def latent(self, p: Tensor) -> Tensor:
+        """The latent weight of a parameter, at least float32; the parameter itself where it has none."""
+        self._group(p)
+        latent: Tensor = self.state[p].get("latent", p)
+        return latent.detach()
+
+    @torch.no_grad()
+    def codes(self, p: Tensor) -> Tensor:
+        """The codes that a quantized parameter holds now: uint8, shape of p, index into ``grid.levels``."""
+        scale = self.scale(p)
+        self._check_on_grid(p)
+        return held.held_codes(p, scale, self._group(p))
+
+    def scale(self, p: Tensor) -> Tensor:
+        """The scales of what a quantized parameter holds now: float32 (rows, 1), or (rows, 2) for ``ternary2``."""
+        if self._group(p)["grid"] is None:
+            raise ValueError(f"{self._owner}: '{self._name(p)}' has no grid; its value is the parameter itself.")
+        scale: Tensor = self.state[p]["scale"]
+        return scale.clone()
+
+    @torch.no_grad()
+    def adopt_weights(self) -> None:
+        """Take the values that the parameters hold now, say of a float checkpoint, as latent weights, and quantize them.
+
+        The moments stay. Needed only when weights are written after the optimizer was built.
+        """
+        self._check_idle("adopt_weights")
+        if any(group["evaluating"] for group in self.param_groups):
+            raise ValueError(f"{self._owner}.adopt_weights(): call train() first.")
+        for group, p, state in self._parameters():
+            fresh = held.initial_state(p, self._name(p), group)
+            state.pop("trial_grad", None)
+            state.update({key: fresh[key] for key in ("latent", "scale") if key in fresh})
+            if group["grid"] is not None:
+                self._hold(p, held.held_values(state["latent"], state["scale"], group))
+
+    # --- groups and checkpoints ---------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch; quantized parameters are on their grid when this returns."""
+        super().add_param_group(param_group)
+        group, index = self.param_groups[-1], len(self.param_groups) - 1
+        try:
+            check_group(self._owner, group, self.defaults, index)
+            for key in SHARED:
+                if group[key] != self.param_groups[0][key]:
+                    raise ValueError(
+                        f"{self._owner}: group {index} has {key}={group[key]!r}; all groups share one value of it."
+                    )
+            if self._constructed:
+                for key in ("steps", "gradient_evaluations", "evaluating"):
+                    group[key] = self.param_groups[0][key]
+                if group["evaluating"]:
+                    raise ValueError(f"{self._owner}.add_param_group(): call train() first.")
+                self._initialize([group])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on; see torch. Plain tensors and values: loads with ``weights_only=True``."""
+        self._check_idle("state_dict")
+        return super().state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, bit for bit: also tensors that torch would cast to the parameter's dtype.
+
+        Quantized parameters then hold what the state says, in whichever order model and optimizer are loaded. With
+        ``trial="past"`` they hold a trial point, which comes with the model's own state.
+
+        Raises:
+            ValueError: a state of other grids, granularities or shapes, with the names; nothing is loaded then.
+        """
+        self._check_idle("load_state_dict")
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, state: dict[str, Any]) -> None:
+            checkpoint.check_loadable(self._owner, state, self.param_groups, self._name)
+            loaded.update(state)
+
+        def repair(_: Optimizer) -> None:
+            checkpoint.repair_dtypes(loaded, self.param_groups, self.state)
+            self._versions.clear()
+            if self.param_groups[0]["trial"] != "past":
+                for group, p, state in self._parameters():
+                    if "scale" in state:
+                        self._hold(p, held.held_values(state["latent"], state["scale"], group))
+
+        # Last before and first after torch's own work, whatever hooks the user has registered.
+        before = self.register_load_state_dict_pre_hook(check)
+        after = self.register_load_state_dict_post_hook(repair, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_idle("pickle")
+        return {**super().__getstate__(), "module": self.module, "_constructed": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_transient()
+
+    # --- helpers --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _owner(self) -> str:
+        return type(self).__name__
+
+    def _parameters(self) -> Iterator[tuple[Group, Tensor, held.State]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                yield group, p, self.state[p]
+
+    def _with_gradients(self) -> Iterator[tuple[Group, Tensor, Tensor, held.State]]:
+        for group, p, state in self._parameters():
+            if p.grad is not None:
+                yield group, p, p.grad, state
+
+    @torch.no_grad()
+    def _initialize(self, groups: list[Group]) -> None:
+        """State for new groups. All of it is made before any parameter changes: a bad weight leaves the model alone."""
+        new = {p: (held.initial_state(p, self._name(p), group), group) for group in groups for p in group["params"]}
+        for p, (state, group) in new.items():
+            self.state[p] = state
+            if group["grid"] is not None:
+                self._hold(p, held.held_values(state["latent"], state["scale"], group))
+
+    def _write(self, p: Tensor, w: Tensor, d: Tensor, group: Group, state: held.State) -> None:
+        """Project w in the metric d and let p hold the result; without a grid, let p hold w."""
+        if group["grid"] is not None:
+            state["scale"] = held.project(w, d, state["scale"], group)
+            self._hold(p, held.held_values(w, state["scale"], group))
+        elif w is not p:
+            self._hold(p, w)
+
+    def _hold(self, p: Tensor, values: Tensor) -> None:
+        p.copy_(values)
+        self._versions[p] = p._version
+
+    def _check_untouched(self) -> None:
+        """Find weights written from outside since our last write: training would silently throw them away."""
+        for group, p, _ in self._parameters():
+            if group["grid"] is not None and self._versions.get(p) != p._version:
+                self._check_on_grid(p)
+                self._versions[p] = p._version
+
+    def _check_on_grid(self, p: Tensor) -> None:
+        if not held.is_on_grid(p, self.state[p]["scale"], self._group(p)):
+            raise ValueError(
+                f"{self._owner}: '{self._name(p)}' was changed outside the optimizer and is no longer scale * level; load "
+                "weights before building the optimizer, or call adopt_weights() to go on from the new values."
+            )
+
+    def _set_all(self, **options: Any) -> None:
+        for group in self.param_groups:
+            group.update(options)
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for group in self.param_groups for p in group["params"]}
+
+    def _group(self, p: Tensor) -> Group:
+        for group in self.param_groups:
+            if any(p is q for q in group["params"]):
+                return group
+        raise ValueError(f"{self._owner}: the tensor of shape {tuple(p.shape)} is no parameter of this optimizer.")
+
+    def _name(self, p: Tensor) -> str:
+        for index, group in enumerate(self.param_groups):
+            for position, q in enumerate(group["params"]):
+                if p is q:
+                    return parameter_name(group, index, position)
+        return "?"

@@ -1,0 +1,468 @@
+"""BLAQ and LAQ: loss-aware quantization as a torch optimizer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import ParamsT
+
+from blaq.optim import held, update
+from blaq.optim.base import LatentOptimizer
+from blaq.optim.options import TRIALS
+from blaq.optim.trial import Snapshot
+
+Closure = Callable[[], Any]
+
+_NEEDS_CLOSURE = """{owner}.step(): trial='fresh' looks at a second gradient and needs a closure:
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_function(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+or call forward_step() and backtrack_step() around passes of your own, or take one gradient with trial='past' or 'none'."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Between the two halves of a step: what backtracking needs."""
+
+    gradients: dict[Tensor, Tensor]  # g_t
+    floats: dict[Tensor, Tensor]  # parameters without a grid, as they were
+    after_first: Snapshot
+
+
+class BLAQ(LatentOptimizer):
+    r"""Loss-aware quantization with one step forward and backtrack.
+
+    ::
+
+        forward    m_t = b1 m + (1-b1) g        v_t = b2 v + (1-b2) g^2       d_t = sqrt(v_t_hat) + eps
+                   w*  = w - lr m_t_hat / d_t   g*  = gradient at P_{d_t}(w*), same mini-batch
+        backtrack  v*  = b2 v + (1-b2) g*^2     d*  = sqrt(v*_hat) + eps      d'  = a d_t + (1-a) d*
+                   m  <- b1 m + (1-b1) (a g + (1-a) g*)                       v  <- a v_t + (1-a) v*
+                   w  <- w - lr m_hat / d'      parameter <- P_{d'}(w)
+
+    ``P_d`` is `blaq.project`. A parameter whose group has a grid holds ``scale * level`` at all times outside `step`, from
+    the construction on: a float checkpoint is loaded into the model before. Parameters without a grid follow
+    `torch.optim.Adam` (`AdamW` with ``weight_decay``), with the same trial and blend.
+
+    Args:
+        params: groups of `blaq.param_groups`, or any torch form; a group may override every option but the last four.
+        lr: eta > 0, a number or a tensor of one.
+        betas: decay of the moments.
+        eps: > 0, added to the root of the second moment.
+        weight_decay: decoupled, on latent weights.
+        a: weight of the gradient at the current point, 0 to 1; 1 is LAQ, 0 the extragradient step.
+        clip: keeps the latent weights of quantized parameters in [-clip, clip].
+        trial: ``"fresh"`` two gradients a step; ``"past"`` one, the previous trial gradient stands in for g, and between
+            steps the parameters hold the next trial point (see `eval`); ``"none"`` one, LAQ.
+        trial_every: with ``"fresh"``, a trial at every k-th step; the other steps are LAQ's.
+        module: the model: its buffers (BatchNorm's statistics) are left by the second evaluation as the first left them.
+
+    State of a parameter: ``step``; ``exp_avg``, ``exp_avg_sq`` (shape of p); with a grid also ``latent`` (shape of p) and
+    ``scale`` ((rows, 1), float32); with ``"past"`` ``latent`` always, ``trial_grad``, and in `eval` ``trial`` and
+    ``trial_scale``. Tensors of quantized parameters are at least float32. In every group: ``grid``, ``granularity``,
+    ``solver``, the options, ``steps``, ``gradient_evaluations``, ``evaluating``, ``format``.
+
+    Raises:
+        ValueError: an option out of range, or unknown; weights that are not finite.
+
+    Example:
+        >>> import blaq
+        >>> model = torch.nn.Linear(3, 2)
+        >>> opt = blaq.BLAQ(blaq.param_groups(model, bits=1), lr=0.01, module=model)
+        >>> def closure():
+        ...     opt.zero_grad()
+        ...     loss = model(torch.ones(4, 3)).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = opt.step(closure)
+        >>> model.weight.abs().unique().numel(), opt.gradient_evaluations
+        (1, 2)
+
+    Source: Ma et al., AAAI 2024, equations 4 to 9 and algorithm 1 (trial); Hou and Kwok, ICLR 2018 (LAQ); Gidel et al., ICLR
+    2019, section 3.3 (past).
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler.step() then tells the scale instead of dividing behind our back
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        a: float = 0.7,
+        *,
+        trial: str = "fresh",
+        trial_every: int = 1,
+        clip: float | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "a": a,
+            "trial": trial,
+            "trial_every": trial_every,
+            "clip": clip,
+        }
+        super().__init__(params, options, module)
+
+    def _reset_transient(self) -> None:
+        super()._reset_transient()
+        self._before: Snapshot | None = None
+        self._pending: _Pending | None = None
+        self._second_view = SimpleNamespace(param_groups=[])  # how a GradScaler sees the second evaluation
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, *, scaler: GradScaler | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: clears the gradients, runs forward and backward, returns the loss. Evaluated twice when the step has a
+                trial; needed then, and optional otherwise: without it the gradients in ``p.grad`` are taken.
+            scaler: a `torch.amp.GradScaler`, when the closure scales the loss with it. Both gradients are unscaled; an
+                overflow in either skips the step. Call ``scaler.update()`` afterwards, and never ``scaler.step(...)``.
+
+        Returns:
+            The first loss, or None without a closure.
+
+        Raises:
+            ValueError: a gradient that is NaN or Inf, by name; no closure though the step has a trial. Parameters, buffers,
+                random state and optimizer state are then as before the step; so they are when the closure raises.
+        """
+        two = self.trial == "fresh" and (self.param_groups[0]["steps"] + 1) % self.param_groups[0]["trial_every"] == 0
+        self._check_call(closure, scaler, two)
+        loss = None
+        try:
+            if closure is not None:
+                with self.evaluation():
+                    loss = closure()
+            if self._gradients_usable(scaler, self):
+                if two and closure is not None:
+                    self._second_gradient(closure, scaler)
+                else:
+                    self._one_gradient()
+        except BaseException:
+            self.abandon_step()
+            raise
+        self._before = None
+        return loss
+
+    def _second_gradient(self, closure: Closure, scaler: GradScaler | None) -> None:
+        self._forward()
+        with self.evaluation():
+            closure()
+        self._second_view.param_groups = self.param_groups
+        if self._gradients_usable(scaler, self._second_view):
+            self._backtrack()
+        elif self._pending is not None:  # an overflow skips the step; buffers as after any single evaluation
+            after_first = self._pending.after_first
+            self.abandon_step()
+            after_first.restore()
+
+    def _one_gradient(self) -> None:
+        """A step of LAQ, or of "past"."""
+        self._check_untouched()
+        past = self.trial == "past"
+        for group, p, grad, state in self._with_gradients():
+            state["step"] += 1
+            w, m, v, t = state.get("latent", p), state["exp_avg"], state["exp_avg_sq"], int(state["step"])
+            g = grad.to(m.dtype)
+            if past and "trial_grad" in state:
+                d = update.backtrack(w, m, v, state["trial_grad"], g, t, group)
+            else:
+                d = update.laq(w, m, v, g, t, group)
+            if past:
+                state["trial_grad"] = g.clone()
+                w, d = update.forward(w, m, v, g, t + 1, group)
+            self._write(p, w, d, group, state)
+        self._count(1)
+
+    # --- its two halves -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Around one forward and backward pass, in loops that own their passes::
+
+            opt.zero_grad()
+            with opt.evaluation():
+                loss_function(model(inputs), targets).backward()
+            opt.forward_step()
+            opt.zero_grad()
+            with opt.evaluation():
+                loss_function(model(inputs), targets).backward()
+            opt.backtrack_step()
+
+        The second pass draws the same dropout masks as the first. An exception in either undoes the whole step.
+        """
+        if self._pending is None:
+            self._before = Snapshot.take(self.module, self._devices())
+        elif self._before is not None:
+            self._before.random.restore()
+        try:
+            with torch.enable_grad():
+                yield
+        except BaseException as error:
+            if self._pending is not None and "backward through the graph a second time" in str(error):
+                error.add_note(
+                    f"{self._owner}: the closure runs twice a step; it must compute the forward pass each time."
+                )
+            self.abandon_step()
+            raise
+
+    @torch.no_grad()
+    def forward_step(self) -> None:
+        """First half of a two-gradient step: from the gradients in ``p.grad`` to the trial point. Then clear the gradients,
+        and compute them there on the same mini-batch.
+
+        Raises:
+            ValueError: a gradient that is NaN or Inf; a step already begun; ``trial`` other than ``"fresh"``.
+        """
+        if self.trial != "fresh":
+            raise ValueError(
+                f"{self._owner}.forward_step(): trial={self.trial!r} takes one gradient; use trial='fresh'."
+            )
+        if self._pending is not None:
+            raise ValueError(f"{self._owner}.forward_step(): already at the trial point; call backtrack_step() first.")
+        self._run_half(self._forward)
+
+    @torch.no_grad()
+    def backtrack_step(self) -> None:
+        """Second half: from the gradients at the trial point, in ``p.grad``, back and on with the blend of both.
+
+        Raises:
+            ValueError: no step begun; a gradient that is NaN or Inf, or missing: the step is then undone.
+        """
+        if self._pending is None:
+            raise ValueError(f"{self._owner}.backtrack_step(): no step begun; call forward_step() first.")
+        self._run_half(self._backtrack)
+
+    @torch.no_grad()
+    def abandon_step(self) -> None:
+        """Undo a step that is under way: parameters, buffers and random state as before it. Harmless otherwise."""
+        pending, before = self._pending, self._before
+        self._pending = self._before = None
+        if pending is not None:
+            for group, p, state in self._parameters():
+                if p in pending.floats:
+                    p.copy_(pending.floats[p])
+                elif p in pending.gradients:
+                    self._hold(p, held.held_values(state["latent"], state["scale"], group))
+        if before is not None:
+            before.restore()
+
+    def _run_half(self, half: Callable[[], None]) -> None:
+        try:
+            self._gradients_usable(None, self)
+            half()
+        except BaseException:
+            self.abandon_step()
+            raise
+
+    def _forward(self) -> None:
+        self._check_untouched()
+        pending = self._pending = _Pending({}, {}, Snapshot.take(self.module, self._devices()))
+        for group, p, grad, state in self._with_gradients():
+            # A copy: zero_grad(set_to_none=False) and the second backward write into p.grad.
+            g = grad.to(state["exp_avg"].dtype, copy=True)
+            w = state.get("latent", p)
+            w_trial, d = update.forward(w, state["exp_avg"], state["exp_avg_sq"], g, int(state["step"]) + 1, group)
+            if group["grid"] is None:
+                pending.floats[p] = p.clone()
+                pending.gradients[p] = g
+                p.copy_(w_trial)
+            else:
+                scale = held.project(w_trial, d, state["scale"], group)
+                pending.gradients[p] = g
+                self._hold(p, held.held_values(w_trial, scale, group))
+
+    def _backtrack(self) -> None:
+        pending = self._pending
+        assert pending is not None
+        second = {p for _, p, _, _ in self._with_gradients()}
+        if second != set(pending.gradients):
+            names = ", ".join(f"'{self._name(p)}'" for p in second ^ set(pending.gradients))
+            raise ValueError(f"{self._owner}: only one of the two evaluations gave a gradient to {names}; both must.")
+        self._pending = self._before = None
+        pending.after_first.restore()
+        for group, p, grad, state in self._with_gradients():
+            if p in pending.floats:
+                p.copy_(pending.floats[p])
+            state["step"] += 1
+            w, m, v, t = state.get("latent", p), state["exp_avg"], state["exp_avg_sq"], int(state["step"])
+            d = update.backtrack(w, m, v, pending.gradients[p], grad.to(m.dtype), t, group)
+            self._write(p, w, d, group, state)
+        self._count(2)
+
+    # --- what the parameters hold -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Let the parameters hold the weights to evaluate and to ship. With ``trial="past"`` these differ from the trial
+        point that they hold while training; otherwise nothing changes. Idempotent.
+        """
+        self._check_idle("eval")
+        if self.trial != "past" or self.param_groups[0]["evaluating"]:
+            return
+        for group, p, state in self._parameters():
+            state["trial"] = p.clone()
+            if group["grid"] is not None:
+                state["trial_scale"] = state["scale"]
+            d = update.curvature(state["exp_avg_sq"], int(state["step"]), group)
+            self._write(p, state["latent"], d, group, state)
+        self._set_all(evaluating=True)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Go back to training after `eval`. Idempotent."""
+        self._check_idle("train")
+        if not self.param_groups[0]["evaluating"]:
+            return
+        for group, p, state in self._parameters():
+            if group["grid"] is not None:
+                state["scale"] = state.pop("trial_scale")
+            self._hold(p, state.pop("trial"))
+        self._set_all(evaluating=False)
+
+    @property
+    def trial(self) -> str:
+        """Where the gradients are taken; may be set between steps, for example to make some epochs two-stage."""
+        return str(self.param_groups[0]["trial"])
+
+    @trial.setter
+    @torch.no_grad()
+    def trial(self, trial: str) -> None:
+        if trial not in TRIALS:
+            raise ValueError(f"{self._owner}(trial={trial!r}): expected 'fresh', 'past' or 'none'.")
+        self._check_idle("trial")
+        if trial == "past" and self.trial != "past":
+            for _, p, state in self._parameters():
+                state.setdefault("latent", p.detach().clone())
+        elif trial != "past" and self.trial == "past":
+            self.eval()
+            for group, _, state in self._parameters():
+                for key in ("trial", "trial_scale", "trial_grad", *(["latent"] if group["grid"] is None else [])):
+                    state.pop(key, None)
+            self._set_all(evaluating=False)
+        self._set_all(trial=trial)
+
+    @property
+    def in_trial(self) -> bool:
+        """Whether the step under way is at its trial point: mute logging and counting there."""
+        return self._pending is not None
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Gradients that went into the parameters so far: two for a step with a trial."""
+        return int(self.param_groups[0]["gradient_evaluations"])
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
+        """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
+        found_inf: Tensor | None = getattr(
+            self, "found_inf", None
+        )  # set by GradScaler.step() around its call of step()
+        if scaler is not None:
+            scaler.unscale_(view)
+        elif found_inf is not None:
+            grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+            if grad_scale is not None and not found_inf.item():
+                for _, _, grad, _ in self._with_gradients():
+                    grad.div_(grad_scale)
+        # The square counts: the second moment must not overflow either.
+        norms = [torch.linalg.vector_norm(grad, torch.inf).float() for _, _, grad, _ in self._with_gradients()]
+        if not norms or bool(torch.stack([torch.isfinite(norm * norm) for norm in norms]).all()):
+            return True
+        if scaler is not None or found_inf is not None:
+            return False
+        bad = [
+            self._name(p)
+            for (_, p, _, _), n in zip(self._with_gradients(), norms, strict=True)
+            if not torch.isfinite(n * n)
+        ]
+        raise ValueError(
+            f"{self._owner}: the gradient of {', '.join(map(repr, bad))} is NaN, Inf or too large to square; nothing was "
+            "changed. Lower the learning rate, clip the gradient in the closure, or look at the batch."
+        )
+
+    def _check_call(self, closure: Closure | None, scaler: GradScaler | None, two: bool) -> None:
+        self._check_idle("step")
+        if self.param_groups[0]["evaluating"]:
+            raise ValueError(f"{self._owner}.step(): the parameters hold weights to evaluate; call train() first.")
+        if closure is not None and getattr(self, "found_inf", None) is not None:
+            raise ValueError(
+                f"GradScaler.step({self._owner}, closure): a scaler unscales one gradient only, before the closure runs; call "
+                "optimizer.step(closure, scaler=scaler), then scaler.update()."
+            )
+        if closure is None and scaler is not None:
+            raise ValueError(
+                f"{self._owner}.step(scaler=...): needs a closure; without one call scaler.step(optimizer)."
+            )
+        if closure is None and two:
+            raise ValueError(_NEEDS_CLOSURE.format(owner=self._owner))
+        for _, p, grad, _ in self._with_gradients():
+            if grad.is_sparse:
+                raise ValueError(
+                    f"{self._owner}: '{self._name(p)}' has a sparse gradient; use sparse=False in its layer."
+                )
+
+    def _check_idle(self, what: str) -> None:
+        if self._pending is not None:
+            raise ValueError(
+                f"{self._owner}.{what}: a step is under way at its trial point; call backtrack_step() first."
+            )
+
+    def _count(self, evaluations: int) -> None:
+        first = self.param_groups[0]
+        self._set_all(steps=first["steps"] + 1, gradient_evaluations=first["gradient_evaluations"] + evaluations)
+
+
+class LAQ(BLAQ):
+    """Loss-aware quantization with one gradient a step: `BLAQ` with ``trial="none"``. ``step()`` needs no closure.
+
+    ::
+
+        m, v = Adam's moments        d = sqrt(v_hat) + eps
+        w <- w - lr m_hat / d        parameter <- P_d(w)
+
+    Example:
+        >>> import blaq
+        >>> model = torch.nn.Linear(3, 2)
+        >>> opt = blaq.LAQ(blaq.param_groups(model, bits=2), lr=0.01)
+        >>> model(torch.ones(4, 3)).square().mean().backward()
+        >>> opt.step()
+        >>> opt.gradient_evaluations
+        1
+
+    Source: Hou, Yao and Kwok, ICLR 2017, algorithm 1 (LAB); Hou and Kwok, ICLR 2018, algorithm 1 (LAT, LAQ).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        clip: float | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, a=1.0, trial="none", clip=clip, module=module)

@@ -1,0 +1,98 @@
+"""The options of BLAQ: what a param group may hold, and what is refused."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from blaq.grids import Grid
+from blaq.projection import check_solver, row_shape
+
+TRIALS = ("fresh", "past", "none")
+FORMAT = 1  # of the state that a checkpoint holds
+
+# What a group holds besides the constructor's options: set by param_groups, or counted here.
+GROUP_DEFAULTS: dict[str, Any] = {
+    "grid": None,
+    "granularity": "tensor",
+    "solver": "exact",
+    "steps": 0,
+    "gradient_evaluations": 0,
+    "evaluating": False,
+    "format": FORMAT,
+}
+_ANNOTATIONS = {"params", "param_names", "notes", "name", "initial_lr"}
+SHARED = ("trial", "trial_every")  # one value for the whole optimizer
+
+
+def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: int) -> None:
+    """Check one param group, and write its grid by its canonical name.
+
+    Raises:
+        ValueError: an unknown key, a value out of range, a group size that does not divide.
+    """
+    where = f"{owner}: group {index}"
+    allowed = {*known, *_ANNOTATIONS}
+    for key in group:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, sorted(allowed), n=1)
+            hint = "build groups with blaq.param_groups(model, bits=...)" if key == "bits" else "remove it"
+            raise ValueError(
+                f"{where} has an unknown option {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"{hint}.")
+            )
+    check_options(owner, group)
+    grid = group["grid"]
+    group["grid"] = None if grid is None else Grid.parse(grid).name
+    check_solver(group["solver"], owner)
+    for position, parameter in enumerate(group["params"]):
+        name = parameter_name(group, index, position)
+        if parameter.is_complex():
+            raise ValueError(f"{owner}: '{name}' is {parameter.dtype}; expected a real floating dtype.")
+        if parameter.is_meta:
+            raise ValueError(
+                f"{owner}: '{name}' is on the meta device and holds no values; materialize the model first."
+            )
+        if grid is not None:
+            row_shape(parameter.shape, group["granularity"], f"{owner}: '{name}' ")
+
+
+def check_options(owner: str, options: dict[str, Any]) -> None:
+    """Check the constructor's options, which every group may override."""
+    lr, betas, eps, decay, a = (options[key] for key in ("lr", "betas", "eps", "weight_decay", "a"))
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"{owner}(lr={tuple(lr.shape)} tensor): expected one number.")
+    if not _in(float(lr), 0, math.inf):
+        raise ValueError(f"{owner}(lr={lr}): expected a finite lr >= 0.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{owner}(betas={betas}): expected two numbers, 0 <= beta < 1 (decay of Adam's moments).")
+    if not (_in(eps, 0, math.inf) and eps > 0):
+        raise ValueError(f"{owner}(eps={eps}): expected a finite eps > 0 (it keeps the curvature positive).")
+    if not _in(decay, 0, math.inf):
+        raise ValueError(
+            f"{owner}(weight_decay={decay}): expected a finite weight_decay >= 0 (decoupled, on latent weights)."
+        )
+    if not _in(a, 0, 1):
+        raise ValueError(f"{owner}(a={a}): expected 0 <= a <= 1 (weight of the gradient at the current point).")
+    clip, trial, every = options["clip"], options["trial"], options["trial_every"]
+    if clip is not None and not (_in(clip, 0, math.inf) and clip > 0):
+        raise ValueError(f"{owner}(clip={clip}): expected None or a number > 0 (latent weights stay in [-clip, clip]).")
+    if trial not in TRIALS:
+        raise ValueError(f"{owner}(trial={trial!r}): expected 'fresh' (two gradients), 'past' (one) or 'none' (LAQ).")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"{owner}(trial_every={every!r}): expected an int >= 1 (a trial at every k-th step).")
+    if trial != "fresh" and every != 1:
+        raise ValueError(
+            f"{owner}(trial={trial!r}, trial_every={every}): only trial='fresh' skips trials; leave it at 1."
+        )
+
+
+def parameter_name(group: dict[str, Any], index: int, position: int) -> str:
+    """The name of a parameter for messages."""
+    names = group.get("param_names")
+    return str(names[position]) if names else f"group {index} [{position}]"
+
+
+def _in(value: float, low: float, high: float) -> bool:
+    return math.isfinite(value) and low <= value <= high

@@ -1,0 +1,195 @@
+"""The loss-aware projection: the quantized weight that hurts the loss least (LAB, LAT, LAQ).
+
+Every function below `project` sees two dimensions only: ``(rows, n)``, where a row shares one scale. Shape suffixes:
+R rows, N entries a row, K outward steps of the grid, S scales a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blaq.grids import Grid
+from blaq.solvers import alternating, exact, outward_steps
+
+GRANULARITIES = ("tensor", "channel")
+SOLVERS = ("exact", "alternating")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A weight on its grid.
+
+    Attributes:
+        codes: uint8, shape of the weight: index into ``grid.levels``.
+        scale: float32 (rows, 1); ``ternary2``: (rows, 2), the negative and the positive scale.
+        values: shape and dtype of the weight: ``scale * levels[codes]``, computed in float32 with one rounding.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    values: Tensor
+
+
+@torch.no_grad()
+def project(
+    weight: Tensor,
+    curvature: Tensor | None,
+    grid: Grid | str | int,
+    granularity: str | int = "tensor",
+    solver: str = "exact",
+    *,
+    start: Tensor | None = None,
+) -> Quantized:
+    """Project a weight onto a grid in the metric of the curvature.
+
+    Minimises, for every row on its own, ``sum_i d_i (w_i - alpha b_i)^2`` over ``alpha > 0`` and levels ``b_i``.
+
+    Args:
+        weight: w, any shape, any floating dtype, finite.
+        curvature: d > 0, finite, shape of the weight; None means 1 everywhere. Only ratios inside a row matter.
+        grid: a `Grid`, its name, or a number of bits.
+        granularity: what shares a scale: ``"tensor"``; ``"channel"``, an index of dimension 0; or an int, a group of that
+            many consecutive inputs of a channel (of the whole vector when the weight has one dimension).
+        solver: ``"exact"`` finds the global optimum; ``"alternating"`` a local one, from ``start``.
+        start: for the alternating solver, a scale of an earlier projection, (rows, scales); without it, and in rows where
+            it is 0, the weighted mean of ``|w|`` over the mean magnitude of the levels.
+
+    Raises:
+        ValueError: a bad grid, granularity or solver, a group size that does not divide, a weight or curvature that is not
+            finite, a curvature that is not positive or of another shape.
+
+    Example:
+        >>> q = project(torch.tensor([0.9, -1.1, 0.1, -0.1]), None, "ternary")
+        >>> q.values, q.codes, q.scale
+        (tensor([ 1., -1.,  0., -0.]), tensor([2, 0, 1, 1], dtype=torch.uint8), tensor([[1.]]))
+
+    Source: Hou and Kwok, ICLR 2018, equation 5 and propositions 3.1 to 3.3; Hou et al., ICLR 2017, proposition 3.1.
+    """
+    grid = Grid.parse(grid)
+    rows = row_shape(weight.shape, granularity, "project")
+    check_solver(solver, "project")
+    if start is not None and solver != "alternating":
+        raise ValueError(
+            f"project(solver={solver!r}, start=...): only solver='alternating' starts from a scale; drop one."
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"project(weight={weight.dtype}): expected a floating dtype; convert the weight first.")
+    check_finite(weight, "project(weight)")
+    if curvature is not None:
+        _check_curvature(weight, curvature)
+        curvature = curvature.reshape(rows)
+    w_RN = widen(weight.reshape(rows))
+    scale_RS = solve_scale(w_RN, curvature, grid, solver, start)
+    levels_RN = nearest_levels(w_RN, scale_RS, grid)
+    codes = torch.bucketize(levels_RN, grid.levels.to(weight.device)).to(torch.uint8)
+    values = dequantize(levels_RN, scale_RS, grid)
+    return Quantized(codes.view(weight.shape), scale_RS, values.view(weight.shape).to(weight.dtype))
+
+
+def solve_scale(w_RN: Tensor, d_RN: Tensor | None, grid: Grid, solver: str, start_RS: Tensor | None = None) -> Tensor:
+    """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked."""
+    if w_RN.shape[1] == 0:
+        return torch.zeros(w_RN.shape[0], grid.scales, device=w_RN.device)
+    d_RN = torch.ones_like(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)
+    if grid.two_scales:
+        # Either sign is a problem of its own in which the entries of the other sign have no weight.
+        u = torch.stack([(-w_RN).clamp(min=0), w_RN.clamp(min=0)], dim=1).flatten(0, 1)
+        d = torch.stack([d_RN * (w_RN < 0), d_RN * (w_RN >= 0)], dim=1).flatten(0, 1)
+    else:
+        u, d = w_RN.abs(), d_RN
+    if solver == "exact":
+        alpha = exact(u, d, grid)
+    else:
+        start = torch.zeros(u.shape[0], 1, device=u.device) if start_RS is None else start_RS.reshape(-1, 1)
+        alpha = alternating(u, d, grid, start.to(u.device).double() * grid.largest)
+    return (alpha / grid.largest).float().view(w_RN.shape[0], grid.scales)
+
+
+def nearest_levels(w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
+    """The level nearest to every ``w / scale``: integers in the dtype of w, (R, N). A tie goes outward; sign(0) is +1."""
+    one = torch.ones((), dtype=w_RN.dtype, device=w_RN.device)
+    sign = torch.where(w_RN < 0, -one, one)
+    if len(grid.magnitudes) == 1:
+        return sign
+    scale = _entry_scale(w_RN < 0, scale_RS, grid).to(w_RN.dtype)
+    steps = outward_steps(w_RN.abs(), scale, grid, unit=1.0)
+    magnitudes = torch.tensor(grid.magnitudes, dtype=w_RN.dtype, device=w_RN.device)
+    return sign * magnitudes[steps]
+
+
+def dequantize(levels_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
+    """``scale * level`` in float32: the one place where a quantized value is made."""
+    levels = levels_RN.float()
+    return _entry_scale(levels < 0, scale_RS, grid) * levels
+
+
+def _entry_scale(negative_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
+    return torch.where(negative_RN, scale_RS[:, :1], scale_RS[:, 1:]) if grid.two_scales else scale_RS
+
+
+def row_shape(shape: torch.Size, granularity: str | int, owner: str) -> tuple[int, int]:
+    """(rows, entries a row) of a weight of this shape.
+
+    Raises:
+        ValueError: an unknown granularity, or a group size that does not divide the inputs of a channel.
+
+    Example:
+        >>> row_shape(torch.Size([8, 4, 3, 3]), 12, "me")
+        (24, 12)
+    """
+    size = shape.numel()
+    if granularity == "tensor":
+        return 1, size
+    if granularity == "channel":
+        channels = shape[0] if shape else 1
+        return channels, size // channels if channels else 0
+    if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
+        raise ValueError(
+            f"{owner}(granularity={granularity!r}): expected 'tensor', 'channel' or a group size >= 1 (consecutive inputs)."
+        )
+    inputs = shape[1:].numel() if len(shape) > 1 else size
+    if inputs % granularity:
+        raise ValueError(
+            f"{owner}(granularity={granularity}): expected a divisor of the {inputs} inputs of a channel of a weight of shape "
+            f"{tuple(shape)}; choose another group size, or 'channel' for this weight."
+        )
+    return size // granularity, granularity
+
+
+def widen(weight: Tensor) -> Tensor:
+    """The weight in at least float32: half precision is too coarse to add up."""
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+def check_solver(solver: str, owner: str) -> None:
+    """Refuse an unknown solver."""
+    if solver not in SOLVERS:
+        raise ValueError(f"{owner}(solver={solver!r}): expected 'exact' or 'alternating'.")
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuse NaN and Inf, with their number."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise ValueError(
+            f"{what}: expected finite values, found {bad} NaN or Inf of {tensor.numel()}; look for a learning rate or a loss "
+            "scale that is too high."
+        )
+
+
+def _check_curvature(weight: Tensor, curvature: Tensor) -> None:
+    if curvature.shape != weight.shape:
+        raise ValueError(
+            f"project(curvature={tuple(curvature.shape)}): expected the weight's shape {tuple(weight.shape)}, or None for 1."
+        )
+    if not curvature.is_floating_point():
+        raise ValueError(
+            f"project(curvature={curvature.dtype}): expected a floating dtype; convert the curvature first."
+        )
+    check_finite(curvature, "project(curvature)")
+    bad = int((curvature <= 0).sum())
+    if bad:
+        raise ValueError(
+            f"project(curvature): expected values > 0, found {bad} of {curvature.numel()} that are not; add a small epsilon."
+        )
