@@ -14,6 +14,7 @@ from blaq.grids import Grid
 
 MAX_ROUNDS = 10
 TOLERANCE = 1e-6  # relative move of alpha at which the alternation ends
+_TIE = 1e-12  # relative difference below which two optima are equal
 _DIRECT = 2**20  # breakpoints a chunk may hold when all of them are sorted
 _CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones, when a row has more than that
 
@@ -90,7 +91,7 @@ def _direct(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
     base1, base2 = levels[0] * (d_RN * u_RN).sum(1, keepdim=True), levels[0] ** 2 * d_RN.sum(1, keepdim=True)
     s1 = torch.cat([base1, base1 + gain1.cumsum(1)], 1)
     s2 = torch.cat([base2, base2 + gain2.cumsum(1)], 1)
-    return _ratio(s1, s2, _value(s1, s2).argmax(1, keepdim=True))
+    return _ratio(s1, s2, _first_best(_value(s1, s2)))
 
 
 def _bracketed(u_N: Tensor, d_N: Tensor, grid: Grid) -> Tensor:
@@ -106,14 +107,14 @@ def _bracketed(u_N: Tensor, d_N: Tensor, grid: Grid) -> Tensor:
     while len(highs):
         taken_high, taken_low = prefix.taken(highs), prefix.taken(lows)
         for taken in (taken_high, taken_low):
-            best = max(best, _best_candidate(*prefix.sums(taken)), key=lambda candidate: candidate[0])
+            best = _better(best, _best_candidate(*prefix.sums(taken)))
         bound = _cell_bound(highs, lows, prefix.sums(taken_high), prefix.sums(taken_low))
         # Candidates that part equal entries lie between the two ends of the tie, whose values are the cell's edges.
-        keep = (bound >= best[0] * (1 - 1e-12)) & (highs > lows * (1 + 1e-12))
+        keep = (bound >= best[0] * (1 - _TIE)) & (highs > lows * (1 + 1e-12))
         highs, lows, taken_high, taken_low = highs[keep], lows[keep], taken_high[keep], taken_low[keep]
         if (taken_low - taken_high).sum() <= _DIRECT:
             for first, last in zip(taken_high, taken_low, strict=True):
-                best = max(best, prefix.best_between(first, last), key=lambda candidate: candidate[0])
+                best = _better(best, prefix.best_between(first, last))
             break
         cuts = lows.unsqueeze(1) + (highs - lows).unsqueeze(1) * _ramp(_PARTS, highs)
         highs, lows = cuts[:, 1:].flatten(), cuts[:, :-1].flatten()
@@ -188,8 +189,21 @@ def _ramp(parts: int, like: Tensor) -> Tensor:
 
 def _best_candidate(s1: Tensor, s2: Tensor) -> tuple[float, Tensor]:
     values = _value(s1, s2)
-    at = values.argmax().view(1)
+    at = _first_best(values)
     return float(values[at]), _ratio(s1, s2, at)
+
+
+def _better(one: tuple[float, Tensor], other: tuple[float, Tensor]) -> tuple[float, Tensor]:
+    tie = abs(one[0] - other[0]) <= _TIE * one[0]
+    return max(one, other, key=lambda candidate: float(candidate[1]) if tie else candidate[0])
+
+
+def _first_best(values: Tensor) -> Tensor:
+    """Where the largest value is, in the last dimension; of equal ones that with the largest alpha, which is the first.
+
+    Equal optima are common: weights that use one magnitude only fit at every level. Rounding must not choose.
+    """
+    return (values >= values.amax(-1, keepdim=True) * (1 - _TIE)).to(torch.uint8).argmax(-1, keepdim=True)
 
 
 def _value(s1: Tensor, s2: Tensor) -> Tensor:

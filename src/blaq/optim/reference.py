@@ -40,6 +40,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+TIE = 1e-12  # relative difference below which two minima are equal
+
 Floats = Sequence[float]
 Levels = Sequence[int]
 Rows = list[list[float]]
@@ -64,6 +66,7 @@ def exact_alpha(sizes: Floats, curvature: Floats, magnitudes: Levels) -> float:
     """The alpha of the global minimum of (1): alpha falls from infinity to 0, (3) is looked at after every step.
 
     Every assignment that nearest-level rounding can make at some alpha is a prefix of the steps taken on the way down.
+    Of equal minima (weights of one magnitude fit at every level) the first counts, not the one that rounding favours.
     """
     b = [magnitude / magnitudes[-1] for magnitude in magnitudes]
     steps = [  # the alpha at which a weight goes one level outward, what that adds to S1, what that adds to S2
@@ -76,7 +79,7 @@ def exact_alpha(sizes: Floats, curvature: Floats, magnitudes: Levels) -> float:
     best = (s1 * s1 / s2, s1 / s2) if b[0] > 0 else (-1.0, 0.0)  # with a zero level, "no step yet" is no candidate
     for _, more_s1, more_s2 in sorted(steps, reverse=True):
         s1, s2 = s1 + more_s1, s2 + more_s2
-        if s1 * s1 / s2 > best[0]:  # (3)
+        if s1 * s1 / s2 > best[0] * (1 + TIE):  # (3)
             best = (s1 * s1 / s2, s1 / s2)  # (2)
     return best[1]
 
