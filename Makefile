@@ -1,0 +1,30 @@
+# make demo    train on scikit-learn's digits: float, LAQ and BLAQ at 1 bit, 3 seeds each
+# make test    lint, types and all tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test format bench clean
+
+demo: .venv/installed
+	$(BIN)/blaq compare demo --methods float,laq,blaq --seeds 3 --out runs/demo
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/step.py --out docs/results/step.json
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
