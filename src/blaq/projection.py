@@ -62,7 +62,7 @@ def project(
     Example:
         >>> q = project(torch.tensor([0.9, -1.1, 0.1, -0.1]), None, "ternary")
         >>> q.values, q.codes, q.scale
-        (tensor([ 1., -1.,  0., -0.]), tensor([2, 0, 1, 1], dtype=torch.uint8), tensor([[1.]]))
+        (tensor([ 1., -1.,  0.,  0.]), tensor([2, 0, 1, 1], dtype=torch.uint8), tensor([[1.]]))
 
     Source: Hou and Kwok, ICLR 2018, equation 5 and propositions 3.1 to 3.3; Hou et al., ICLR 2017, proposition 3.1.
     """
@@ -78,13 +78,15 @@ def project(
     check_finite(weight, "project(weight)")
     if curvature is not None:
         _check_curvature(weight, curvature)
-        curvature = curvature.reshape(rows)
-    w_RN = widen(weight.reshape(rows))
+        curvature = in_rows(curvature, rows)
+    if start is not None:
+        _check_start(start, rows[0], grid)
+    w_RN = in_rows(weight, rows)
     scale_RS = solve_scale(w_RN, curvature, grid, solver, start)
     levels_RN = nearest_levels(w_RN, scale_RS, grid)
-    codes = torch.bucketize(levels_RN, grid.levels.to(weight.device)).to(torch.uint8)
-    values = dequantize(levels_RN, scale_RS, grid)
-    return Quantized(codes.view(weight.shape), scale_RS, values.view(weight.shape).to(weight.dtype))
+    values = dequantize(levels_RN, scale_RS, grid).view(weight.shape).to(weight.dtype)
+    check_finite(values, f"project(weight={weight.dtype}): quantized values beyond float32 or this dtype")
+    return Quantized(codes_of(levels_RN, grid).view(weight.shape), scale_RS, values)
 
 
 def solve_scale(w_RN: Tensor, d_RN: Tensor | None, grid: Grid, solver: str, start_RS: Tensor | None = None) -> Tensor:
@@ -108,24 +110,28 @@ def solve_scale(w_RN: Tensor, d_RN: Tensor | None, grid: Grid, solver: str, star
 
 def nearest_levels(w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     """The level nearest to every ``w / scale``: integers in the dtype of w, (R, N). A tie goes outward; sign(0) is +1."""
-    one = torch.ones((), dtype=w_RN.dtype, device=w_RN.device)
-    sign = torch.where(w_RN < 0, -one, one)
+    sign = torch.copysign(torch.ones((), dtype=w_RN.dtype, device=w_RN.device), w_RN + 0.0)  # -0.0 + 0.0 is +0.0
     if len(grid.magnitudes) == 1:
         return sign
-    scale = _entry_scale(w_RN < 0, scale_RS, grid).to(w_RN.dtype)
+    scale = _entry_scale(w_RN, scale_RS, grid).to(w_RN.dtype)
     steps = outward_steps(w_RN.abs(), scale, grid, unit=1.0)
     magnitudes = torch.tensor(grid.magnitudes, dtype=w_RN.dtype, device=w_RN.device)
-    return sign * magnitudes[steps]
+    return sign * magnitudes[steps] + 0.0  # no -0.0: as many values as levels, also bit by bit
 
 
 def dequantize(levels_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     """``scale * level`` in float32: the one place where a quantized value is made."""
     levels = levels_RN.float()
-    return _entry_scale(levels < 0, scale_RS, grid) * levels
+    return _entry_scale(levels, scale_RS, grid) * levels
 
 
-def _entry_scale(negative_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
-    return torch.where(negative_RN, scale_RS[:, :1], scale_RS[:, 1:]) if grid.two_scales else scale_RS
+def codes_of(levels_RN: Tensor, grid: Grid) -> Tensor:
+    """Levels as indices into ``grid.levels``: uint8 (R, N)."""
+    return torch.bucketize(levels_RN, grid.levels.to(levels_RN)).to(torch.uint8)
+
+
+def _entry_scale(signed_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
+    return torch.where(signed_RN < 0, scale_RS[:, :1], scale_RS[:, 1:]) if grid.two_scales else scale_RS
 
 
 def row_shape(shape: torch.Size, granularity: str | int, owner: str) -> tuple[int, int]:
@@ -155,6 +161,11 @@ def row_shape(shape: torch.Size, granularity: str | int, owner: str) -> tuple[in
             f"{tuple(shape)}; choose another group size, or 'channel' for this weight."
         )
     return size // granularity, granularity
+
+
+def in_rows(tensor: Tensor, rows: tuple[int, int]) -> Tensor:
+    """A weight, or its curvature, in rows: contiguous, in at least float32."""
+    return widen(tensor.reshape(rows)).contiguous()
 
 
 def widen(weight: Tensor) -> Tensor:
@@ -192,4 +203,14 @@ def _check_curvature(weight: Tensor, curvature: Tensor) -> None:
     if bad:
         raise ValueError(
             f"project(curvature): expected values > 0, found {bad} of {curvature.numel()} that are not; add a small epsilon."
+        )
+
+
+def _check_start(start: Tensor, rows: int, grid: Grid) -> None:
+    expected = (rows, grid.scales)
+    if start.shape != expected:
+        raise ValueError(f"project(start={tuple(start.shape)}): expected scales of shape {expected}, or None.")
+    if not bool((start.isfinite() & (start >= 0)).all()):
+        raise ValueError(
+            "project(start): expected finite scales >= 0; pass the scale of an earlier projection, or None."
         )

@@ -1,11 +1,14 @@
 """The two solvers of the projection: the scale alpha of every row, from magnitudes and curvature.
 
 Both see magnitudes ``u = |w| >= 0`` and curvature ``d >= 0``, (R, N), and return alpha in float64, (R, 1), relative to
-levels divided by the largest one. Sums are kept in float64: a row may have 10^8 entries.
+levels divided by the largest one. They compute in float64: a row may have 10^8 entries, and products of small weights
+with a small curvature leave float32.
 
 Write S1 = sum d b u and S2 = sum d b^2. For fixed levels b the best alpha is S1/S2 and leaves sum d u^2 - S1^2/S2; so the
 optimum has the largest S1^2/S2 among the levels that rounding at some alpha gives.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,8 +18,9 @@ from blaq.grids import Grid
 MAX_ROUNDS = 10
 TOLERANCE = 1e-6  # relative move of alpha at which the alternation ends
 _TIE = 1e-12  # relative difference below which two optima are equal
-_DIRECT = 2**20  # breakpoints a chunk may hold when all of them are sorted
-_CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones, when a row has more than that
+_LONG = 2**16  # breakpoints of a row above which the range of alpha is cut before they are sorted
+_DIRECT = 2**20  # breakpoints that are sorted at once
+_CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones
 
 
 def exact(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
@@ -30,9 +34,9 @@ def exact(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
     rows, n = u_RN.shape
     steps = len(grid.magnitudes) - 1
     if steps == 0:  # LAB's closed form
-        s1, s2 = (d_RN * u_RN).sum(1, dtype=torch.float64), d_RN.sum(1, dtype=torch.float64)
-        return (s1 / s2).unsqueeze(1)
-    if steps > 1 and n * steps > _DIRECT:
+        d_RN = d_RN.double()
+        return (d_RN * u_RN.double()).sum(1, keepdim=True) / d_RN.sum(1, keepdim=True)
+    if steps > 1 and n * steps > _LONG:
         alphas = [_bracketed(u.double(), d.double(), grid) for u, d in zip(u_RN, d_RN, strict=True)]
         return torch.stack(alphas).view(rows, 1)
     chunk = max(1, _DIRECT // (n * steps))
@@ -48,8 +52,9 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
 
     Source: Hou and Kwok, ICLR 2018, algorithm 1 and section 3.2 (LAT-a, LAQ).
     """
-    largest = u_RN.amax(1, keepdim=True).double()
-    mean_u = (d_RN * u_RN).sum(1, keepdim=True, dtype=torch.float64) / d_RN.sum(1, keepdim=True, dtype=torch.float64)
+    u_RN, d_RN = u_RN.double(), d_RN.double()
+    largest = u_RN.amax(1, keepdim=True)
+    mean_u = (d_RN * u_RN).sum(1, keepdim=True) / d_RN.sum(1, keepdim=True)
     mean_level = float(grid.levels.abs().double().mean()) / grid.largest
     alpha = torch.where(start_R1 > 0, start_R1, mean_u / mean_level)
     if grid.has_zero:
@@ -61,8 +66,8 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
         b = magnitudes[outward_steps(u_RN, alpha.to(u_RN.dtype), grid, unit=grid.largest)]
         db = d_RN * b
         s1, s2 = (
-            (db * u_RN).sum(1, keepdim=True, dtype=torch.float64),
-            (db * b).sum(1, keepdim=True, dtype=torch.float64),
+            (db * u_RN).sum(1, keepdim=True),
+            (db * b).sum(1, keepdim=True),
         )
         new = torch.where(moving, s1 / s2, alpha)
         moving = (new - alpha).abs() > TOLERANCE * alpha
@@ -118,7 +123,9 @@ def _bracketed(u_N: Tensor, d_N: Tensor, grid: Grid) -> Tensor:
             break
         cuts = lows.unsqueeze(1) + (highs - lows).unsqueeze(1) * _ramp(_PARTS, highs)
         highs, lows = cuts[:, 1:].flatten(), cuts[:, :-1].flatten()
-    return best[1]
+    # Multiples of the same levels are equally good: take the smallest, as the short rows do.
+    used = torch.bincount(outward_steps(u_N, best[1], grid, unit=grid.largest)).nonzero()
+    return best[1] * float(math.gcd(*(grid.magnitudes[k] for k in used)))
 
 
 class _Prefix:

@@ -386,17 +386,17 @@ class BLAQ(LatentOptimizer):
             if grad_scale is not None and not found_inf.item():
                 for _, _, grad, _ in self._with_gradients():
                     grad.div_(grad_scale)
-        # The square counts: the second moment must not overflow either.
-        norms = [torch.linalg.vector_norm(grad, torch.inf).float() for _, _, grad, _ in self._with_gradients()]
-        if not norms or bool(torch.stack([torch.isfinite(norm * norm) for norm in norms]).all()):
+        # The norm adds up squares: the second moment must not overflow either.
+        norms = [
+            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+            for _, _, grad, _ in self._with_gradients()
+        ]
+        if not norms or bool(torch.stack([norm.isfinite() for norm in norms]).all()):
             return True
         if scaler is not None or found_inf is not None:
             return False
-        bad = [
-            self._name(p)
-            for (_, p, _, _), n in zip(self._with_gradients(), norms, strict=True)
-            if not torch.isfinite(n * n)
-        ]
+        named = zip(self._with_gradients(), norms, strict=True)
+        bad = [self._name(p) for (_, p, _, _), norm in named if not norm.isfinite()]
         raise ValueError(
             f"{self._owner}: the gradient of {', '.join(map(repr, bad))} is NaN, Inf or too large to square; nothing was "
             "changed. Lower the learning rate, clip the gradient in the closure, or look at the batch."

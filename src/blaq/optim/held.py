@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blaq.grids import Grid
 from blaq.optim.update import Group
-from blaq.projection import check_finite, dequantize, nearest_levels, row_shape, solve_scale, widen
+from blaq.projection import check_finite, codes_of, dequantize, in_rows, nearest_levels, row_shape, solve_scale, widen
 
 State = dict[str, Any]
 
@@ -29,32 +29,32 @@ def initial_state(p: Tensor, name: str, group: Group) -> State:
     if group["grid"] is not None:
         check_finite(p, f"'{name}'")
         rows = row_shape(p.shape, group["granularity"], f"'{name}' ")
-        state["scale"] = solve_scale(state["latent"].reshape(rows), None, Grid.parse(group["grid"]), "exact")
+        state["scale"] = solve_scale(in_rows(state["latent"], rows), None, Grid.parse(group["grid"]), "exact")
     return state
 
 
 def project(w: Tensor, d: Tensor, scale: Tensor, group: Group) -> Tensor:
     """The scale of the projection of w in the metric d; the alternating solver starts from the scale given."""
-    start = scale if group["solver"] == "alternating" else None
-    return solve_scale(
-        w.reshape(len(scale), -1), d.reshape(len(scale), -1), Grid.parse(group["grid"]), group["solver"], start
-    )
+    rows, start = _rows(w, scale), scale if group["solver"] == "alternating" else None
+    return solve_scale(in_rows(w, rows), in_rows(d, rows), Grid.parse(group["grid"]), group["solver"], start)
 
 
 def held_values(w: Tensor, scale: Tensor, group: Group) -> Tensor:
     """The quantized values of w at a scale: float32, shape of w. Also finds the values of an already quantized w."""
     grid = Grid.parse(group["grid"])
-    levels = nearest_levels(widen(w).reshape(len(scale), -1), scale, grid)
-    return dequantize(levels, scale, grid).view(w.shape)
+    return dequantize(nearest_levels(in_rows(w, _rows(w, scale)), scale, grid), scale, grid).view(w.shape)
 
 
 def held_codes(p: Tensor, scale: Tensor, group: Group) -> Tensor:
     """The codes of a quantized parameter: uint8, index into the grid's levels."""
     grid = Grid.parse(group["grid"])
-    levels = nearest_levels(widen(p).reshape(len(scale), -1), scale, grid)
-    return torch.bucketize(levels, grid.levels.to(levels)).to(torch.uint8).view(p.shape)
+    return codes_of(nearest_levels(in_rows(p, _rows(p, scale)), scale, grid), grid).view(p.shape)
 
 
 def is_on_grid(p: Tensor, scale: Tensor, group: Group) -> bool:
     """Whether a parameter holds values of its grid at this scale, exactly."""
     return torch.equal(held_values(p, scale, group).to(p.dtype), p)
+
+
+def _rows(w: Tensor, scale: Tensor) -> tuple[int, int]:
+    return len(scale), w.numel() // max(len(scale), 1)

@@ -1,0 +1,1 @@
+"""The data sets, networks and losses of the papers."""

@@ -1,0 +1,228 @@
+"""Image data sets: Parquet files in the Hugging Face datasets layout, from a folder or from the hub.
+
+Folders are read by pyarrow and not by `datasets`, which would copy them into a cache of its own first, leave out a file
+called extra.parquet and not miss a missing shard. The hub's names and downloads are the business of `datasets`.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from blaq.tasks.batches import Split
+from blaq.tasks.decode import Part, decode_images
+
+__all__ = ["ImageFiles", "folder_parts", "hub_parts", "read_images"]
+
+_ROLES = {
+    "train": "train",
+    "extra": "extra",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+_ROLE = re.compile(rf"({'|'.join(_ROLES)})(?![a-z])")
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
+_LABELS = ("label", "labels", "fine_label")  # in this order, where a file has several columns that could be the label
+_HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}  # where the hub has several data sets under one name
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images and labels of each file; `validation` is None where there is no such file."""
+
+    train: Split
+    validation: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+
+
+def read_images(parts: dict[str, Part], name: str, image_size: int | None) -> ImageFiles:
+    """Decode a data set's parts, train (and extra, which SVHN's papers add to it), validation and test.
+
+    The test images are those of "test"; where they carry no labels (ImageNet) or do not exist, those of "validation".
+
+    Raises:
+        ValueError: a part or column is missing or ambiguous, a label is out of range, or see `decode_images`.
+    """
+    if "train" not in parts or not {"test", "validation"} & set(parts):
+        raise ValueError(f"{name}: expected train and test files, found {_listed(parts)}.")
+    parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
+    columns = _columns(parts["train"])
+    labels = {role: _labels(part, columns.label) for role, part in parts.items()}
+    if "validation" in parts and ("test" not in parts or bool((labels["test"] < 0).all())):
+        parts["test"], labels["test"] = parts.pop("validation"), labels.pop("validation")
+    highest = max(int(values.max()) for values in labels.values())
+    class_names = columns.class_names or tuple(str(k) for k in range(highest + 1))
+    for role, part in parts.items():
+        low, high = int(labels[role].min()), int(labels[role].max())
+        if low < 0 or high >= len(class_names):
+            raise ValueError(
+                f"{part.name}: expected labels from 0 to {len(class_names) - 1}, column {columns.label!r} has {low} "
+                f"to {high}."
+            )
+    splits: dict[str, Split] = {}
+    shape: torch.Size | None = None
+    for role, part in parts.items():  # train comes first and decides on colour and shape
+        images = decode_images(part, columns.image, image_size, grey=None if shape is None else shape[0] == 1)
+        shape = shape or images.shape[1:]
+        if images.shape[1:] != shape:
+            raise ValueError(
+                f"{part.name}: images of shape {tuple(images.shape[1:])}, the training images have {tuple(shape)}; set "
+                "data.image_size to resize all images to one size."
+            )
+        splits[role] = Split(images, labels[role])
+    return ImageFiles(splits["train"], splits.get("validation"), splits["test"], class_names)
+
+
+def folder_parts(folder: Path) -> dict[str, Part]:
+    """The Parquet files below a folder by split: train.parquet, data/train-00000-of-00002.parquet, train/0000.parquet.
+
+    Raises:
+        ValueError: there are none, a file belongs to no split, a shard is missing, or files disagree on their columns.
+    """
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        steps = path.relative_to(folder).with_suffix("").parts
+        roles = [_ROLES[match[1]] for step in reversed(steps) if (match := _ROLE.match(step))]
+        if not roles:
+            raise ValueError(f"{path}: expected a name that starts with {_listed(_ROLES)}.")
+        files.setdefault(roles[0], []).append(path)
+    if not files:
+        raise ValueError(
+            f"load_dataset(source={str(folder)!r}): expected Parquet files in the Hugging Face datasets layout "
+            "(train.parquet and test.parquet, or data/train-00000-of-00001.parquet, ...) or a text named input.txt."
+        )
+    for paths in files.values():
+        _check_shards(paths)
+    if {"train", "extra"} <= set(files):
+        files["train"] += files.pop("extra")
+    _check_columns([path for paths in files.values() for path in paths])
+    parts = {}
+    for role, paths in files.items():
+        table = pyarrow.dataset.dataset([str(path) for path in paths], format="parquet")
+        parts[role] = Part(f"{role} of {folder.resolve().name}", table, tuple(paths))
+    return parts
+
+
+def hub_parts(name: str) -> dict[str, Part]:
+    """The splits of a data set of the Hugging Face hub, downloaded by `datasets` to its own cache at the first call.
+
+    Raises:
+        ValueError: `datasets` is not installed, or cannot deliver this name: no network, no such name, no permission.
+    """
+    folder = name.rpartition("/")[2]
+    way_out = (
+        f"Without the hub: put its Parquet files into a folder called {folder!r} and set BLAQ_DATA to the folder "
+        "above, or give the folder itself as data.source."
+    )
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"load_dataset(source={name!r}): expected the `datasets` package for names of the hub; "
+            f"pip install 'blaq[train]'. {way_out}"
+        ) from None
+    try:
+        splits = datasets.load_dataset(name, _HUB_CONFIGS.get(name), keep_in_memory=False)
+    except Exception as error:  # the hub, the network and the builders each raise their own kinds
+        raise ValueError(
+            f"load_dataset(source={name!r}): expected an existing path, or a name that the Hugging Face hub delivers, "
+            f"but: {str(error).rstrip('.')}. {way_out}"
+        ) from error
+    if {"train", "extra"} <= set(splits):
+        splits["train"] = datasets.concatenate_datasets([splits["train"], splits.pop("extra")])
+    parts = {}
+    for role, split in splits.items():
+        files = tuple(Path(file["filename"]) for file in split.cache_files)
+        parts[role] = Part(f"{role} of {folder}", pyarrow.dataset.dataset(split.data.table), files)
+    return parts
+
+
+def _check_shards(paths: list[Path]) -> None:
+    """Refuse train-00000-of-00002.parquet without its sister: training on half the data would go unnoticed."""
+    counts = {int(match[1]) for path in paths if (match := _SHARD.search(path.stem))}
+    shards = [path for path in paths if _SHARD.search(path.stem)]
+    if counts and sum(counts) != len(shards):
+        raise ValueError(
+            f"{shards[0]}: expected {sum(counts)} shards as the name says, found {len(shards)}; fetch the missing ones."
+        )
+
+
+def _check_columns(paths: list[Path]) -> None:
+    schemas = {}
+    for path in paths:
+        try:
+            schemas[path] = pyarrow.parquet.read_schema(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path}: expected a Parquet file ({error}); fetch it again.") from error
+        if not schemas[path].equals(schemas[paths[0]]):
+            raise ValueError(
+                f"{path}: expected the columns of {paths[0]}, {_fields(schemas[paths[0]])}, found "
+                f"{_fields(schemas[path])}; is this more than one data set? Then set data.source to the folder of one."
+            )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    label: str
+    class_names: tuple[str, ...] | None
+
+
+def _columns(part: Part) -> _Columns:
+    """The image and the label column: by the schema's "huggingface" metadata or, lacking that, by type."""
+    schema: pa.Schema = part.table.schema
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features: dict[str, Any] = metadata.get("info", {}).get("features", {})
+    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    images = [name for name, kind in kinds.items() if kind == "Image"]
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    if not images:
+        images = [field.name for field in schema if pa.types.is_struct(field.type) and "bytes" in _members(field.type)]
+    if not labels:
+        labels = [field.name for field in schema if pa.types.is_integer(field.type)]
+    if len(images) != 1:
+        raise ValueError(f"{part.name}: expected one image column {{bytes, path}}, found {_fields(schema)}.")
+    known = [name for name in _LABELS if name in labels]
+    if not known and len(labels) != 1:
+        raise ValueError(
+            f"{part.name}: expected one label column of integers or one called {_listed(_LABELS)}, found "
+            f"{_fields(schema)}."
+        )
+    label = (known or labels)[0]
+    names = features[label].get("names") if label in kinds else None
+    return _Columns(images[0], label, tuple(names) if names else None)
+
+
+def _members(struct: pa.StructType) -> list[str]:
+    return [struct.field(k).name for k in range(struct.num_fields)]
+
+
+def _labels(part: Part, column: str) -> Tensor:
+    batches = list(part.read(column))
+    missing = sum(batch.null_count for batch in batches)
+    if missing or not batches:
+        raise ValueError(
+            f"{part.name}: expected at least one row and a label in every row, column {column!r} has "
+            f"{sum(map(len, batches))} rows, {missing} without."
+        )
+    return torch.from_numpy(np.concatenate([batch.to_numpy() for batch in batches]).astype(np.int64))
+
+
+def _fields(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)

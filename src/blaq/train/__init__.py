@@ -1,0 +1,1 @@
+"""Training runs: recipes, the Lightning module, run directories, comparisons."""

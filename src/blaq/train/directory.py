@@ -1,0 +1,173 @@
+"""The run directory: what a training run leaves behind, and the rules by which one is begun or continued.
+
+    recipe.toml        the complete recipe, every setting stated
+    versions.json      what the run was computed with
+    metrics.jsonl      one line of JSON an epoch
+    checkpoints/       last.ckpt after every epoch, best.ckpt of the lowest validation error (the earliest, if tied)
+    csv/ tensorboard/  the same numbers and the loss of single steps, as other tools read them
+    result.json        the outcome
+
+A run is finished when its result is there.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import numpy
+import torch
+
+import blaq
+from blaq.train.config import Recipe, load_recipe
+
+Checkpoint = Literal["best", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The files of a run, by name."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The complete recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def result_file(self) -> Path:
+        """The outcome."""
+        return self.path / "result.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One line an epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _versions_file(self) -> Path:
+        return self.path / "versions.json"
+
+    def checkpoint(self, name: Checkpoint) -> Path:
+        """Where the best or the last checkpoint lies, or will lie."""
+        return self.path / "checkpoints" / f"{name}.ckpt"
+
+    def existing(self, name: Checkpoint) -> Path:
+        """The best or the last checkpoint.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        path = self.checkpoint(name)
+        if not path.exists():
+            raise ValueError(f"{str(self.path)!r} has no {name} checkpoint yet: its first epoch has not ended.")
+        return path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its result."""
+        return self.result_file.exists()
+
+    def check(self, recipe: Recipe, *, resume: bool) -> None:
+        """Whether a run of `recipe` may be begun here, or with `resume` continued.
+
+        Raises:
+            ValueError: it holds a run and `resume` is False, a run of another recipe, or other files than a run's.
+        """
+        owner = f"train(out={str(self.path)!r})"
+        if not self.recipe_file.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ValueError(f"{owner}: expected a new or empty directory; choose another with --out.")
+            return
+        if not resume:
+            state = "a finished run" if self.finished else "a run"
+            raise ValueError(
+                f"{owner}: the directory holds {state}; continue it with --resume, or choose another with --out."
+            )
+        changed = _differences(asdict(load_recipe(self.recipe_file)), asdict(recipe))
+        if changed:
+            raise ValueError(
+                f"{owner}: cannot resume, the run there has {'; '.join(changed)}; "
+                "keep its settings, or choose another directory with --out."
+            )
+
+    def create(self, recipe: Recipe) -> None:
+        """Write what a run begins with, unless it is there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.recipe_file.exists():
+            write_atomically(self.recipe_file, recipe.to_toml())
+        if not self._versions_file.exists():
+            write_atomically(self._versions_file, json.dumps(versions(), indent=2) + "\n")
+        self.checkpoint("last").parent.mkdir(exist_ok=True)
+
+    def version_changes(self) -> list[str]:
+        """What differs between the versions the run was begun with and the present ones, as "torch was 2.6.0, is 2.7.0"."""
+        before = json.loads(self._versions_file.read_text(encoding="utf-8"))
+        return [
+            f"{name} was {before.get(name)}, is {now}" for name, now in versions().items() if before.get(name) != now
+        ]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first; a last line cut short by a kill is left out."""
+        if not self.metrics_file.exists():
+            return []
+        text = self.metrics_file.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add the line of an epoch."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate_metrics(self, epochs: int) -> None:
+        """Keep the lines of the first `epochs` epochs: what a checkpoint does not know did not happen."""
+        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epochs]
+        write_atomically(self.metrics_file, "".join(kept))
+
+
+def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
+    """The directory and the recipe of a run that exists.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    directory = RunDirectory(Path(path))
+    if not directory.recipe_file.exists():
+        raise ValueError(
+            f"{str(path)!r} holds no run: expected a directory that `blaq train` wrote, with a recipe.toml."
+        )
+    return directory, load_recipe(directory.recipe_file)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is at every moment either as before or complete."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, Any]:
+    """What a run is computed with."""
+    packages = (blaq, torch, lightning, numpy)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "python": platform.python_version(),
+        **{package.__name__: str(package.__version__) for package in packages},
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _differences(before: object, now: object, key: str = "") -> list[str]:
+    """Where two trees of settings differ, as "train.epochs=3, not 4"."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        prefix = f"{key}." if key else ""
+        names = [*before, *(name for name in now if name not in before)]
+        return [line for name in names for line in _differences(before.get(name), now.get(name), f"{prefix}{name}")]
+    return [] if before == now else [f"{key}={before!r}, not {now!r}"]

@@ -1,0 +1,193 @@
+"""The command: what it prints, where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from blaq.__main__ import main
+from blaq.cli import app
+from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, recipe_paths
+
+RECIPE = Recipe(
+    name="tiny",
+    title="a few digits, a small perceptron",
+    data=DataConfig(source="digits", train=300, validation=100, test=200, batch_size=50),
+    model=ModelConfig(name="mlp", loss="squared_hinge", options={"inputs": 64, "hidden": [16]}),
+    optim=OptimConfig(bits=3, lr=0.01),
+    train=TrainConfig(epochs=2, seed=5, threads=1),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with the recipe tiny.toml."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(RECIPE.to_toml())
+    return tmp_path
+
+
+def blaq(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_train_eval_and_inspect(folder: Path) -> None:
+    trained = blaq("train", "tiny.toml", "--set", "optim.period=2")
+    assert trained.exit_code == 0, trained.output
+    run = Path("runs/tiny-blaq-b3-s5")
+    result = json.loads((run / "result.json").read_text())
+    assert result["gradient_evaluations"] == 18  # 6 steps, then 6 of two
+    lines = trained.stdout.splitlines()
+    assert lines[0].startswith("name ")
+    assert "fc1.weight  16 x 64  linear3 per tensor" in trained.stdout
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert [line[:9] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
+    assert "gradients 18" in epochs[1]
+    assert lines[-1].startswith(f"{run}: test error {result['test_error']:.2f} %")
+    assert trained.stderr == ""
+
+    evaluated = blaq("eval", str(run), "--checkpoint", "last", "--split", "test")
+    assert evaluated.exit_code == 0
+    assert f"test error {result['test_error_last']:.2f} %" in evaluated.stdout
+
+    inspected = blaq("inspect", str(run))
+    assert inspected.exit_code == 0
+    assert "linear3" in inspected.stdout
+    assert "of 7 levels" in inspected.stdout
+
+
+def test_a_float_run_is_named_without_bits(folder: Path) -> None:
+    assert blaq("train", "tiny.toml", "--set", "optim.method=float", "--set", "train.epochs=1").exit_code == 0
+    assert Path("runs/tiny-float-s5/result.json").exists()
+
+
+def test_resuming_a_finished_run_shows_its_result(folder: Path) -> None:
+    first = blaq("train", "tiny.toml", "--out", "run")
+    again = blaq("train", "tiny.toml", "--out", "run", "--resume")
+    assert again.exit_code == 0
+    assert again.stdout.splitlines() == ["run is finished.", first.stdout.splitlines()[-1]]
+
+
+def test_compare_and_repeat(folder: Path) -> None:
+    command = ("compare", "tiny.toml", "--methods", "laq,blaq", "--seeds", "2", "--out", "out")
+    compared = blaq(*command)
+    assert compared.exit_code == 0, compared.output
+    assert {path.name for path in Path("out").iterdir()} == {
+        "laq-s5", "laq-s6", "blaq-s5", "blaq-s6", "results.csv", "results.json", "results.md",
+    }  # fmt: skip
+    assert "Look at test error: blaq" in compared.stdout
+    before = Path("out/blaq-s6/metrics.jsonl").stat().st_mtime_ns
+    repeated = blaq(*command)
+    assert Path("out/blaq-s6/metrics.jsonl").stat().st_mtime_ns == before
+    assert repeated.stdout == compared.stdout
+
+
+def test_a_failing_run_leaves_the_others(folder: Path) -> None:
+    Path("out/laq-s5").mkdir(parents=True)
+    Path("out/laq-s5/notes.txt").touch()
+    compared = blaq("compare", "tiny.toml", "--methods", "laq,float", "--seeds", "2", "--out", "out")
+    assert compared.exit_code == 1
+    assert "laq-s5 (1/4): failed: train(out='out/laq-s5'): expected a new or empty directory" in compared.stdout
+    assert compared.stderr == "Failed: laq-s5\n"
+    rows = json.loads(Path("out/results.json").read_text())
+    assert [(row["method"], row["seed"]) for row in rows] == [("laq", 6), ("float", 5), ("float", 6)]
+
+
+def test_list_names_everything(folder: Path) -> None:
+    listed = blaq("list")
+    assert listed.exit_code == 0
+    for name in [*(path.stem for path in recipe_paths()), "laq", "past", "lenet5", "char_lstm", "midrise8", "ternary2"]:
+        assert name in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "tiny.toml", "--set", "optim.bit=2"), "unknown key optim.bit; did you mean optim.bits?"),
+        (("train", "tyni.toml"), "tyni.toml"),
+        (("eval", "runs/none"), "'runs/none' holds no run"),
+        (("inspect", "runs/none"), "'runs/none' holds no run"),
+        (("compare", "tiny.toml", "--methods", "laq,lqa"), "lqa"),
+        (
+            ("compare", "tiny.toml", "--methods", "laq,laq"),
+            "compare(methods='laq,laq'): expected at least one, each once.",
+        ),
+        (("compare", "tiny.toml", "--set", "train.seed=3"), "use --methods and --seeds"),
+    ],
+)
+def test_errors_are_one_line_on_standard_error(arguments: tuple[str, ...], message: str, folder: Path) -> None:
+    failed = blaq(*arguments)
+    assert failed.exit_code == 2
+    assert failed.stdout == ""
+    assert message in failed.stderr
+    assert failed.stderr.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "message"),
+    [
+        ("train", "blaq.train.run.train", "Interrupted before the first step.\n"),
+        ("compare", "blaq.train.compare.train", "Interrupted. The same command continues; finished runs are kept.\n"),
+        ("eval", "blaq.train.run.evaluate", "Interrupted.\n"),
+    ],
+)
+def test_ctrl_c_exits_with_130(
+    command: str, target: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, interrupted)
+    stopped = blaq(command, "tiny.toml")
+    assert stopped.exit_code == 130
+    assert stopped.stderr == message
+
+
+@pytest.mark.parametrize("arguments", [("train",), ("eval", "run", "--split", "train"), ("trian",)])
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], folder: Path) -> None:
+    assert blaq(*arguments).exit_code == 2
+
+
+def test_a_bug_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blaq.train.run.evaluate", lambda *_, **__: 1 / 0)
+    assert isinstance(blaq("eval", "run").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("missing", "importer", "command"),
+    [("typer", "blaq.cli", "list"), ("rich", "blaq.cli", "list"), ("lightning.pytorch", "blaq.train.run", "eval run")],
+)
+def test_a_missing_extra_says_what_to_install(
+    missing: str,
+    importer: str,
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it fails as if it were not there
+    monkeypatch.delitem(sys.modules, importer)
+    monkeypatch.setattr(sys, "argv", ["blaq", *command.split()])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    package = missing.partition(".")[0]
+    assert capsys.readouterr().err == f"blaq: {package} is not installed; pip install 'blaq[train]'\n"
+
+
+def test_python_m_blaq_and_what_import_blaq_brings_along() -> None:
+    code = (
+        "import runpy, sys, blaq; sys.argv = ['blaq', '--help'];"
+        "print([name for name in ('lightning', 'typer', 'rich', 'blaq.train') if name in sys.modules]);"
+        "runpy.run_module('blaq', run_name='__main__')"
+    )
+    helped = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (helped.returncode, helped.stderr) == (0, "")
+    imported, *usage = helped.stdout.splitlines()
+    assert imported == "[]"
+    for command in ("train", "eval", "compare", "list", "inspect"):
+        assert any(command in line for line in usage)
