@@ -4,8 +4,9 @@ The names below need torch alone; training, tasks and the command need the extra
 """
 
 from blaq.grids import Grid
-from blaq.optim.blaq import BLAQ, LAQ
+from blaq.optim.blaq import BLAQ
 from blaq.optim.groups import param_groups
+from blaq.optim.laq import LAQ
 from blaq.optim.plan import Plan, plan
 from blaq.projection import Quantized, project
 

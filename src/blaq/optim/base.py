@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from blaq.optim import checkpoint, held
-from blaq.optim.options import GROUP_DEFAULTS, SHARED, check_group, check_options, parameter_name
+from blaq.optim import checkpoint, held, update
+from blaq.optim.options import GROUP_DEFAULTS, SHARED, TRIALS, check_group, check_options, parameter_name
 from blaq.optim.update import Group
 
 
@@ -80,6 +80,61 @@ class LatentOptimizer(Optimizer):
             if group["grid"] is not None:
                 self._hold(p, held.held_values(state["latent"], state["scale"], group))
 
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Let the parameters hold the weights to evaluate and to ship. With ``trial="past"`` these differ from the trial
+        point that they hold while training; otherwise nothing changes. Idempotent.
+        """
+        self._check_idle("eval")
+        if self.trial != "past" or self.param_groups[0]["evaluating"]:
+            return
+        for group, p, state in self._parameters():
+            state["trial"] = p.clone()
+            if group["grid"] is not None:
+                state["trial_scale"] = state["scale"]
+            d = update.curvature(state["exp_avg_sq"], int(state["step"]), group)
+            self._write(p, state["latent"], d, group, state)
+        self._set_all(evaluating=True)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Go back to training after `eval`. Idempotent."""
+        self._check_idle("train")
+        if not self.param_groups[0]["evaluating"]:
+            return
+        for group, p, state in self._parameters():
+            if group["grid"] is not None:
+                state["scale"] = state.pop("trial_scale")
+            self._hold(p, state.pop("trial"))
+        self._set_all(evaluating=False)
+
+    @property
+    def trial(self) -> str:
+        """Where the gradients are taken; may be set between steps, for example to make some epochs two-stage."""
+        return str(self.param_groups[0]["trial"])
+
+    @trial.setter
+    @torch.no_grad()
+    def trial(self, trial: str) -> None:
+        if trial not in TRIALS:
+            raise ValueError(f"{self._owner}(trial={trial!r}): expected 'fresh', 'past' or 'none'.")
+        self._check_idle("trial")
+        if trial == "past" and self.trial != "past":
+            for _, p, state in self._parameters():
+                state.setdefault("latent", p.detach().clone())
+        elif trial != "past" and self.trial == "past":
+            self.eval()
+            for group, _, state in self._parameters():
+                for key in ("trial", "trial_scale", "trial_grad", *(["latent"] if group["grid"] is None else [])):
+                    state.pop(key, None)
+            self._set_all(evaluating=False)
+        self._set_all(trial=trial)
+
+    @property
+    def gradient_evaluations(self) -> int:
+        """Gradients that went into the parameters so far: two for a step with a trial."""
+        return int(self.param_groups[0]["gradient_evaluations"])
+
     # --- groups and checkpoints ---------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,7 +183,7 @@ class LatentOptimizer(Optimizer):
         def repair(_: Optimizer) -> None:
             checkpoint.repair_dtypes(loaded, self.param_groups, self.state)
             self._versions.clear()
-            if self.param_groups[0]["trial"] != "past":
+            if self.trial != "past":
                 for group, p, state in self._parameters():
                     if "scale" in state:
                         self._hold(p, held.held_values(state["latent"], state["scale"], group))
@@ -220,3 +275,7 @@ class LatentOptimizer(Optimizer):
                 if p is q:
                     return parameter_name(group, index, position)
         return "?"
+
+    def _count(self, evaluations: int) -> None:
+        first = self.param_groups[0]
+        self._set_all(steps=first["steps"] + 1, gradient_evaluations=first["gradient_evaluations"] + evaluations)

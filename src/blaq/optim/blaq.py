@@ -1,4 +1,4 @@
-"""BLAQ and LAQ: loss-aware quantization as a torch optimizer."""
+"""BLAQ: loss-aware quantization with one step forward and backtrack, as a torch optimizer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,6 @@ from torch.optim.optimizer import ParamsT
 
 from blaq.optim import held, update
 from blaq.optim.base import LatentOptimizer
-from blaq.optim.options import TRIALS
 from blaq.optim.trial import Snapshot
 
 Closure = Callable[[], Any]
@@ -312,73 +311,16 @@ class BLAQ(LatentOptimizer):
 
     # --- what the parameters hold -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def eval(self) -> None:
-        """Let the parameters hold the weights to evaluate and to ship. With ``trial="past"`` these differ from the trial
-        point that they hold while training; otherwise nothing changes. Idempotent.
-        """
-        self._check_idle("eval")
-        if self.trial != "past" or self.param_groups[0]["evaluating"]:
-            return
-        for group, p, state in self._parameters():
-            state["trial"] = p.clone()
-            if group["grid"] is not None:
-                state["trial_scale"] = state["scale"]
-            d = update.curvature(state["exp_avg_sq"], int(state["step"]), group)
-            self._write(p, state["latent"], d, group, state)
-        self._set_all(evaluating=True)
-
-    @torch.no_grad()
-    def train(self) -> None:
-        """Go back to training after `eval`. Idempotent."""
-        self._check_idle("train")
-        if not self.param_groups[0]["evaluating"]:
-            return
-        for group, p, state in self._parameters():
-            if group["grid"] is not None:
-                state["scale"] = state.pop("trial_scale")
-            self._hold(p, state.pop("trial"))
-        self._set_all(evaluating=False)
-
-    @property
-    def trial(self) -> str:
-        """Where the gradients are taken; may be set between steps, for example to make some epochs two-stage."""
-        return str(self.param_groups[0]["trial"])
-
-    @trial.setter
-    @torch.no_grad()
-    def trial(self, trial: str) -> None:
-        if trial not in TRIALS:
-            raise ValueError(f"{self._owner}(trial={trial!r}): expected 'fresh', 'past' or 'none'.")
-        self._check_idle("trial")
-        if trial == "past" and self.trial != "past":
-            for _, p, state in self._parameters():
-                state.setdefault("latent", p.detach().clone())
-        elif trial != "past" and self.trial == "past":
-            self.eval()
-            for group, _, state in self._parameters():
-                for key in ("trial", "trial_scale", "trial_grad", *(["latent"] if group["grid"] is None else [])):
-                    state.pop(key, None)
-            self._set_all(evaluating=False)
-        self._set_all(trial=trial)
-
     @property
     def in_trial(self) -> bool:
         """Whether the step under way is at its trial point: mute logging and counting there."""
         return self._pending is not None
 
-    @property
-    def gradient_evaluations(self) -> int:
-        """Gradients that went into the parameters so far: two for a step with a trial."""
-        return int(self.param_groups[0]["gradient_evaluations"])
-
     # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
-        found_inf: Tensor | None = getattr(
-            self, "found_inf", None
-        )  # set by GradScaler.step() around its call of step()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler.step() sets it around its call
         if scaler is not None:
             scaler.unscale_(view)
         elif found_inf is not None:
@@ -386,21 +328,25 @@ class BLAQ(LatentOptimizer):
             if grad_scale is not None and not found_inf.item():
                 for _, _, grad, _ in self._with_gradients():
                     grad.div_(grad_scale)
+        bad = self._not_finite()
+        if bad and scaler is None and found_inf is None:
+            raise ValueError(
+                f"{self._owner}: the gradient of {', '.join(map(repr, bad))} is NaN, Inf or too large to square; nothing was "
+                "changed. Lower the learning rate, clip the gradient in the closure, or look at the batch."
+            )
+        return not bad
+
+    def _not_finite(self) -> list[str]:
+        """Names of the parameters with a gradient that would spoil the moments."""
+        found = list(self._with_gradients())
         # The norm adds up squares: the second moment must not overflow either.
-        norms = [
-            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-            for _, _, grad, _ in self._with_gradients()
+        finite = [
+            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).isfinite()
+            for _, _, grad, _ in found
         ]
-        if not norms or bool(torch.stack([norm.isfinite() for norm in norms]).all()):
-            return True
-        if scaler is not None or found_inf is not None:
-            return False
-        named = zip(self._with_gradients(), norms, strict=True)
-        bad = [self._name(p) for (_, p, _, _), norm in named if not norm.isfinite()]
-        raise ValueError(
-            f"{self._owner}: the gradient of {', '.join(map(repr, bad))} is NaN, Inf or too large to square; nothing was "
-            "changed. Lower the learning rate, clip the gradient in the closure, or look at the batch."
-        )
+        if not finite or bool(torch.stack(finite).all()):  # one synchronisation
+            return []
+        return [self._name(p) for (_, p, _, _), good in zip(found, finite, strict=True) if not good]
 
     def _check_call(self, closure: Closure | None, scaler: GradScaler | None, two: bool) -> None:
         self._check_idle("step")
@@ -428,41 +374,3 @@ class BLAQ(LatentOptimizer):
             raise ValueError(
                 f"{self._owner}.{what}: a step is under way at its trial point; call backtrack_step() first."
             )
-
-    def _count(self, evaluations: int) -> None:
-        first = self.param_groups[0]
-        self._set_all(steps=first["steps"] + 1, gradient_evaluations=first["gradient_evaluations"] + evaluations)
-
-
-class LAQ(BLAQ):
-    """Loss-aware quantization with one gradient a step: `BLAQ` with ``trial="none"``. ``step()`` needs no closure.
-
-    ::
-
-        m, v = Adam's moments        d = sqrt(v_hat) + eps
-        w <- w - lr m_hat / d        parameter <- P_d(w)
-
-    Example:
-        >>> import blaq
-        >>> model = torch.nn.Linear(3, 2)
-        >>> opt = blaq.LAQ(blaq.param_groups(model, bits=2), lr=0.01)
-        >>> model(torch.ones(4, 3)).square().mean().backward()
-        >>> opt.step()
-        >>> opt.gradient_evaluations
-        1
-
-    Source: Hou, Yao and Kwok, ICLR 2017, algorithm 1 (LAB); Hou and Kwok, ICLR 2018, algorithm 1 (LAT, LAQ).
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        clip: float | None = None,
-        module: nn.Module | None = None,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, a=1.0, trial="none", clip=clip, module=module)
