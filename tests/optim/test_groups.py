@@ -211,10 +211,11 @@ def test_without_bits_only_rules_quantize(keep: str | None) -> None:
         ("*", {"conv1.weight", "conv2.weight", "fc.weight"}),
         ("fc.*", {"fc.weight"}),
         ("fc.bias", {"fc.bias"}),
-        ("*.bias", {"conv1.bias", "bn1.bias", "fc.bias"}),
+        ("*.bias", {"conv1.bias", "fc.bias"}),
         ("bn1.weight", {"bn1.weight"}),
         ("bn1.w*", {"bn1.weight"}),
-        ("*.weight", {"conv1.weight", "conv2.weight", "fc.weight", "bn1.weight"}),
+        ("*.weight", {"conv1.weight", "conv2.weight", "fc.weight"}),
+        ("*1.weight", {"conv1.weight"}),
         ("[cb]*t", {"conv1.weight", "conv2.weight"}),
     ],
 )

@@ -65,7 +65,7 @@ def param_groups(
     ``conv1``, ``"*.bias"`` every bias; ``*`` crosses dots. The first match decides. A rule with bits quantizes
     embeddings and all else of two or more dimensions that it takes, but a bias, a normalisation or a vector only if the
     pattern spells out the parameter's own name: ``"fc.bias"`` and ``"*.bias"`` do; ``"fc"``, ``"fc.*"``, ``"*"`` don't.
-    So ``"*.weight"`` includes the weights of normalisations.
+    A normalisation must be spelled out with its module: ``"bn1.weight"``, not ``"*.weight"``.
 
     Args:
         model: any module; it is not changed.
@@ -153,7 +153,8 @@ def _decide(parameter: _Parameter, rule: Rule | None, default: Scheme) -> _Decis
     elif scheme.grid is None:
         reason = f"rule {rule.pattern!r}"
     else:
-        reason = parameter.reason if parameter.guarded and not rule.spells_out(parameter.names) else ""
+        named = rule.spells_out(parameter.names, module=parameter.reason == NORMALISATION)
+        reason = parameter.reason if parameter.guarded and not named else ""
     # Float weights take the default granularity and solver, so that all of them share a group.
     return _Decision(parameter, default._replace(grid=None) if reason else scheme, reason)
 

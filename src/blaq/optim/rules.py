@@ -48,16 +48,21 @@ class Rule:
         """
         return any(fnmatchcase(name, self.pattern) or self._matches_module(name) for name in names)
 
-    def spells_out(self, names: Names) -> bool:
+    def spells_out(self, names: Names, *, module: bool = False) -> bool:
         """Whether the pattern names the parameter itself, not just everything in some module.
 
+        With ``module`` it must name the parameter's own module as well, without a wildcard.
+
         Example:
-            >>> [Rule(pattern, Scheme(None, "tensor", "exact"), gives_bits=True).spells_out(("fc.bias",))
-            ...  for pattern in ("fc.bias", "*.bias", "fc", "f*", "fc.*")]
+            >>> rules = [Rule(pattern, Scheme(None, "tensor", "exact"), gives_bits=True)
+            ...          for pattern in ("fc.bias", "*.bias", "fc", "f*", "fc.*")]
+            >>> [rule.spells_out(("fc.bias",)) for rule in rules]
             [True, True, False, False, False]
+            >>> [rule.spells_out(("fc.bias",), module=True) for rule in rules]
+            [True, False, False, False, False]
         """
-        last_part = self.pattern.rpartition(".")[2]
-        if not last_part.strip("*?"):
+        owner, _, last_part = self.pattern.rpartition(".")
+        if not last_part.strip("*?") or (module and set(owner.rpartition(".")[2]) & set("*?[")):
             return False
         return any(
             fnmatchcase(name, self.pattern)
