@@ -255,7 +255,7 @@ def test_first_rule_wins() -> None:
         "fc.bias": None,
         "conv1.bias": "linear8",
         "bn1.weight": None,
-        "bn1.bias": "linear8",
+        "bn1.bias": None,
     }
 
 
