@@ -483,3 +483,21 @@ def test_runs_of_one_seed_are_equal_and_of_two_are_not(tmp_path: Path) -> None:
         train(replace(recipe, train=replace(recipe.train, seed=seed)), tmp_path / name, progress=False)
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert rows(tmp_path / "a")[0]["train_loss"] != rows(tmp_path / "c")[0]["train_loss"]
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
+    class Second(Spy):
+        """Tries to continue the run while it is being trained."""
+
+        refusal = ""
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if not self.refusal:
+                with pytest.raises(ValueError, match="another process is training there") as refused:
+                    train(RECIPE, tmp_path / "run", resume=True, progress=False)
+                self.refusal = str(refused.value)
+
+    second = Second()
+    train(RECIPE, tmp_path / "run", display=second)
+    assert "choose another directory" in second.refusal
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]

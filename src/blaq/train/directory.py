@@ -13,7 +13,8 @@ A run is finished when its result is there.
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import lightning
 import numpy
 import torch
+from filelock import FileLock, Timeout
 
 import blaq
 from blaq.train.config import Recipe, load_recipe
@@ -104,6 +106,22 @@ class RunDirectory:
         if not self._versions_file.exists():
             write_atomically(self._versions_file, json.dumps(versions(), indent=2) + "\n")
         self.checkpoint("last").parent.mkdir(exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training here: two would write each other's epochs.
+
+        Raises:
+            ValueError: one does already.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise ValueError(
+                f"train(out={str(self.path)!r}): another process is training there; wait for it, or choose another directory "
+                "with --out."
+            ) from None
 
     def version_changes(self) -> list[str]:
         """What differs between the versions the run was begun with and the present ones, as "torch was 2.6.0, is 2.7.0"."""

@@ -91,8 +91,8 @@ def train(
         dataset: the recipe's data, where it is loaded already.
 
     Raises:
-        ValueError: the directory holds a run and `resume` is False, or a run of another recipe; settings that do not
-            fit together or diverge.
+        ValueError: the directory holds a run and `resume` is False, or a run of another recipe, or one that another
+            process is training; settings that do not fit together or diverge.
         KeyboardInterrupt: on Ctrl-C; the directory can be resumed.
     """
     directory = RunDirectory(Path(out))
@@ -107,11 +107,12 @@ def train(
         size = plan(build_groups(module.model, recipe.optim))
         display.detail(f"{size}\n")
         directory.create(recipe)
-        for change in directory.version_changes():
-            display.say(f"Note: {change}; the end may differ from that of an uninterrupted run.")
-        journal = _fit(module, directory, display)
-        result = _conclude(module, directory, journal, size)
-        write_atomically(directory.result_file, json.dumps(asdict(result), indent=2) + "\n")
+        with directory.locked():
+            for change in directory.version_changes():
+                display.say(f"Note: {change}; the end may differ from that of an uninterrupted run.")
+            journal = _fit(module, directory, display)
+            result = _conclude(module, directory, journal, size)
+            write_atomically(directory.result_file, json.dumps(asdict(result), indent=2) + "\n")
     return result
 
 
