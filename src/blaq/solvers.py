@@ -20,6 +20,7 @@ TOLERANCE = 1e-6  # relative move of alpha at which the alternation ends
 _TIE = 1e-12  # relative difference below which two optima are equal
 _LONG = 2**16  # breakpoints of a row above which the range of alpha is cut before they are sorted
 _DIRECT = 2**20  # breakpoints that are sorted at once
+_BLOCK = 2**16  # entries that are added up at once
 _CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones
 
 
@@ -34,8 +35,7 @@ def exact(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
     rows, n = u_RN.shape
     steps = len(grid.magnitudes) - 1
     if steps == 0:  # LAB's closed form
-        d_RN = d_RN.double()
-        return (d_RN * u_RN.double()).sum(1, keepdim=True) / d_RN.sum(1, keepdim=True)
+        return _dot(u_RN, d_RN) / _dot(torch.ones_like(d_RN[:1, :1]).expand_as(d_RN), d_RN)
     if steps > 1 and n * steps > _LONG:
         alphas = [_bracketed(u.double(), d.double(), grid) for u, d in zip(u_RN, d_RN, strict=True)]
         return torch.stack(alphas).view(rows, 1)
@@ -203,6 +203,17 @@ def _best_candidate(s1: Tensor, s2: Tensor) -> tuple[float, Tensor]:
 def _better(one: tuple[float, Tensor], other: tuple[float, Tensor]) -> tuple[float, Tensor]:
     tie = abs(one[0] - other[0]) <= _TIE * one[0]
     return max(one, other, key=lambda candidate: float(candidate[1]) if tie else candidate[0])
+
+
+def _dot(a_RN: Tensor, b_RN: Tensor) -> Tensor:
+    """The sums of a*b over the rows, (R, 1), in float64; block by block, so that the wide copies stay in the cache."""
+    rows = max(1, _BLOCK // max(1, a_RN.shape[1]))
+    sums = []
+    for a, b in zip(torch.split(a_RN, rows), torch.split(b_RN, rows), strict=True):
+        columns = zip(torch.split(a, _BLOCK, dim=1), torch.split(b, _BLOCK, dim=1), strict=True)
+        parts = [(x.double() * y.double()).sum(1, keepdim=True) for x, y in columns]
+        sums.append(torch.stack(parts).sum(0))
+    return torch.cat(sums)
 
 
 def _first_best(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from itertools import cycle, product
 from typing import Any
@@ -144,11 +145,12 @@ def test_optimizer_alone_restores_quantized_weights(mode: str, dtype: torch.dtyp
         assert not torch.equal(first.model[layer].bias, second.model[layer].bias)  # a float parameter is the model's
 
 
-def test_past_alone_restores_the_trial_point_from_eval() -> None:
+def test_past_alone_restores_all_from_eval() -> None:
     first = Run("past").train(3)
     training = copy.deepcopy(first.model.state_dict())
     first.opt.eval()
     second = Run("past", seed=1).load(through_file(first.state()), "optimizer")
+    assert torch.equal(second.model[0].weight, first.model[0].weight)
     second.opt.train()
     for name, p in second.model.named_parameters():
         assert torch.equal(p, training[name]), name
@@ -174,9 +176,9 @@ def test_dtypes_after_loading(mode: str, dtype: torch.dtype) -> None:
     quantized, plain = (second.opt.state[p] for p in (second.model[0].weight, second.model[0].bias))
     expected = {"step": torch.float32, "exp_avg": wide, "exp_avg_sq": wide, "latent": wide, "scale": torch.float32}
     if mode == "past in eval":
-        expected |= {"trial_grad": wide, "trial": dtype, "trial_scale": torch.float32}
-    assert {key: value.dtype for key, value in quantized.items()} == expected
-    assert {value.dtype for key, value in plain.items() if key != "step"} == {dtype}
+        expected |= {"trial_grad": wide, "trial_step": torch.float32, "trial": dtype, "trial_scale": torch.float32}
+    assert {key: quantized[key].dtype for key in expected} == expected
+    assert {plain[key].dtype for key in ("exp_avg", "exp_avg_sq", "latent", "trial") if key in plain} == {dtype}
 
 
 @pytest.mark.parametrize("mode", ["fresh", "past in eval"])
@@ -277,3 +279,30 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_loaded(what: str, a
     untouched = Run().train(4).state()
     torch.set_rng_state(before["random"])
     assert_identical(run.train(2).state(), untouched)
+
+
+def test_the_same_shapes_in_another_order_are_refused() -> None:
+    """Groups of the same sizes, grids and shapes, but each weight would get the state of the other."""
+
+    def optimizer(in_float: str) -> blaq.BLAQ:
+        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        return blaq.BLAQ(blaq.param_groups(model, 1, rules={in_float: None}))
+
+    with pytest.raises(ValueError, match=r"'0\.weight'.*'1\.weight'"):
+        optimizer("0").load_state_dict(optimizer("1").state_dict())
+
+
+def test_nothing_is_saved_or_loaded_at_the_trial_point() -> None:
+    run = Run()
+    saved = run.opt.state_dict()
+    run.closure()
+    run.opt.forward_step()
+    attempts: list[Callable[[], Any]] = [
+        run.opt.state_dict,
+        lambda: run.opt.load_state_dict(saved),
+        lambda: copy.deepcopy(run.opt),
+        lambda: pickle.dumps(run.opt),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ValueError, match="a step is under way at its trial point"):
+            attempt()

@@ -190,7 +190,7 @@ def test_without_a_grid_it_is_adam_bit_for_bit(dtype: torch.dtype, weight_decay:
     options = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     if mode == "beside a quantized weight":
         groups = [{"params": [nn.Parameter(torch.randn(4))], "grid": "binary"}, {"params": ours}]
-        opt = blaq.LAQ(groups, **options)  # type: ignore[arg-type]
+        opt = blaq.LAQ(groups, **options, clip=0.1)  # type: ignore[arg-type]  # clips quantized weights only
     else:
         with pytest.warns(UserWarning, match="no parameter group has a grid"):
             opt = blaq.LAQ(ours, **options) if mode == "LAQ" else blaq.BLAQ(ours, a=1.0, **options)  # type: ignore[arg-type]

@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from blaq.optim import checkpoint, held, update
-from blaq.optim.options import GROUP_DEFAULTS, SHARED, TRIALS, check_group, check_options, parameter_name
+from blaq.optim.options import (
+    GROUP_DEFAULTS,
+    SHARED,
+    TRIALS,
+    check_group,
+    check_options,
+    check_trial_every,
+    parameter_name,
+)
 from blaq.optim.update import Group
 
 
@@ -26,11 +34,12 @@ class LatentOptimizer(Optimizer):
         self._constructed = False
         self._reset_transient()
         super().__init__(params, {**options, **GROUP_DEFAULTS})
+        check_trial_every(self._owner, self.param_groups[0])
         if all(group["grid"] is None for group in self.param_groups):
             warnings.warn(
                 f"{self._owner}: no parameter group has a grid, so nothing is quantized; build the groups with "
                 "blaq.param_groups(model, bits=...).",
-                stacklevel=3,
+                stacklevel=2 + type(self).__mro__.index(LatentOptimizer),
             )
         self._initialize(self.param_groups)
         self._constructed = True
@@ -53,30 +62,32 @@ class LatentOptimizer(Optimizer):
     @torch.no_grad()
     def codes(self, p: Tensor) -> Tensor:
         """The codes that a quantized parameter holds now: uint8, shape of p, index into ``grid.levels``."""
-        scale = self.scale(p)
-        self._check_on_grid(p)
-        return held.held_codes(p, scale, self._group(p))
+        scale, group = self.scale(p), self._group(p)
+        if not held.is_on_grid(p, scale, group):
+            raise ValueError(self._changed_outside(p))
+        return held.held_codes(p, scale, group)
 
     def scale(self, p: Tensor) -> Tensor:
         """The scales of what a quantized parameter holds now: float32 (rows, 1), or (rows, 2) for ``ternary2``."""
         if self._group(p)["grid"] is None:
             raise ValueError(f"{self._owner}: '{self._name(p)}' has no grid; its value is the parameter itself.")
-        scale: Tensor = self.state[p]["scale"]
-        return scale.clone()
+        return self._scale_held(p).clone()
 
     @torch.no_grad()
     def adopt_weights(self) -> None:
-        """Take the values that the parameters hold now, say of a float checkpoint, as latent weights, and quantize them.
+        """Go on from weights written since the last step, say those of a float checkpoint: they become latent weights, and
+        are quantized. Parameters that still hold what the optimizer wrote keep their latent weights; all keep their moments.
 
-        The moments stay. Needed only when weights are written after the optimizer was built.
+        Raises:
+            ValueError: a weight that is NaN or Inf; nothing is changed then.
         """
         self._check_idle("adopt_weights")
-        if any(group["evaluating"] for group in self.param_groups):
+        if self.param_groups[0]["evaluating"]:
             raise ValueError(f"{self._owner}.adopt_weights(): call train() first.")
-        for group, p, state in self._parameters():
-            fresh = held.initial_state(p, self._name(p), group)
-            state.pop("trial_grad", None)
-            state.update({key: fresh[key] for key in ("latent", "scale") if key in fresh})
+        written = [entry for entry in self._parameters() if "latent" in entry[2] and not self._is_ours(*entry)]
+        new = [held.initial_state(p, self._name(p), group) for group, p, _ in written]
+        for (group, p, state), fresh in zip(written, new, strict=True):
+            state.update({key: fresh[key] for key in ("latent", "scale", "trial_grad", "trial_step") if key in fresh})
             if group["grid"] is not None:
                 self._hold(p, held.held_values(state["latent"], state["scale"], group))
 
@@ -122,10 +133,17 @@ class LatentOptimizer(Optimizer):
         if trial == "past" and self.trial != "past":
             for _, p, state in self._parameters():
                 state.setdefault("latent", p.detach().clone())
+                state.update(held.no_trial_yet(state["exp_avg"]))
         elif trial != "past" and self.trial == "past":
             self.eval()
             for group, _, state in self._parameters():
-                for key in ("trial", "trial_scale", "trial_grad", *(["latent"] if group["grid"] is None else [])):
+                for key in (
+                    "trial",
+                    "trial_scale",
+                    "trial_grad",
+                    "trial_step",
+                    *(["latent"] if group["grid"] is None else []),
+                ):
                     state.pop(key, None)
             self._set_all(evaluating=False)
         self._set_all(trial=trial)
@@ -139,6 +157,8 @@ class LatentOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; quantized parameters are on their grid when this returns."""
+        if self._constructed:
+            param_group = {**{key: self.param_groups[0][key] for key in SHARED}, **param_group}
         super().add_param_group(param_group)
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         try:
@@ -154,7 +174,7 @@ class LatentOptimizer(Optimizer):
                 if group["evaluating"]:
                     raise ValueError(f"{self._owner}.add_param_group(): call train() first.")
                 self._initialize([group])
-        except ValueError:
+        except BaseException:
             self.param_groups.pop()
             raise
 
@@ -168,7 +188,7 @@ class LatentOptimizer(Optimizer):
         """Load a state, bit for bit: also tensors that torch would cast to the parameter's dtype.
 
         Quantized parameters then hold what the state says, in whichever order model and optimizer are loaded. With
-        ``trial="past"`` they hold a trial point, which comes with the model's own state.
+        ``trial="past"``, outside `eval`, they hold a trial point, which comes with the model's own state.
 
         Raises:
             ValueError: a state of other grids, granularities or shapes, with the names; nothing is loaded then.
@@ -183,10 +203,13 @@ class LatentOptimizer(Optimizer):
         def repair(_: Optimizer) -> None:
             checkpoint.repair_dtypes(loaded, self.param_groups, self.state)
             self._versions.clear()
-            if self.trial != "past":
+            evaluating = self.param_groups[0]["evaluating"]
+            if self.trial != "past" or evaluating:
                 for group, p, state in self._parameters():
-                    if "scale" in state:
+                    if group["grid"] is not None:
                         self._hold(p, held.held_values(state["latent"], state["scale"], group))
+                    elif evaluating:
+                        self._hold(p, state["latent"])
 
         # Last before and first after torch's own work, whatever hooks the user has registered.
         before = self.register_load_state_dict_pre_hook(check)
@@ -242,19 +265,33 @@ class LatentOptimizer(Optimizer):
         p.copy_(values)
         self._versions[p] = p._version
 
+    def _scale_held(self, p: Tensor) -> Tensor:
+        """The scale of what p holds now."""
+        scale: Tensor = self.state[p]["scale"]
+        return scale
+
+    def _is_ours(self, group: Group, p: Tensor, state: held.State) -> bool:
+        """Whether p holds what the optimizer wrote. At a trial point of "past" that can be told by the grid only: the
+        point cannot be computed again, the learning rate may have changed. Without a grid it cannot be told there.
+        """
+        if self._versions.get(p) == p._version or group["grid"] is None:
+            return self._versions.get(p, p._version) == p._version
+        weight = p if self.trial == "past" else state["latent"]
+        return torch.equal(held.held_values(weight, state["scale"], group).to(p.dtype), p)
+
     def _check_untouched(self) -> None:
         """Find weights written from outside since our last write: training would silently throw them away."""
-        for group, p, _ in self._parameters():
-            if group["grid"] is not None and self._versions.get(p) != p._version:
-                self._check_on_grid(p)
+        for group, p, state in self._parameters():
+            if group["grid"] is not None:
+                if not self._is_ours(group, p, state):
+                    raise ValueError(self._changed_outside(p))
                 self._versions[p] = p._version
 
-    def _check_on_grid(self, p: Tensor) -> None:
-        if not held.is_on_grid(p, self.state[p]["scale"], self._group(p)):
-            raise ValueError(
-                f"{self._owner}: '{self._name(p)}' was changed outside the optimizer and is no longer scale * level; load "
-                "weights before building the optimizer, or call adopt_weights() to go on from the new values."
-            )
+    def _changed_outside(self, p: Tensor) -> str:
+        return (
+            f"{self._owner}: '{self._name(p)}' was changed outside the optimizer and is no longer the scale * level it wrote; "
+            "load weights before building the optimizer, or call adopt_weights() to go on from the new values."
+        )
 
     def _set_all(self, **options: Any) -> None:
         for group in self.param_groups:
@@ -277,5 +314,6 @@ class LatentOptimizer(Optimizer):
         return "?"
 
     def _count(self, evaluations: int) -> None:
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
         first = self.param_groups[0]
         self._set_all(steps=first["steps"] + 1, gradient_evaluations=first["gradient_evaluations"] + evaluations)

@@ -36,6 +36,7 @@ class _Pending:
 
     gradients: dict[Tensor, Tensor]  # g_t
     floats: dict[Tensor, Tensor]  # parameters without a grid, as they were
+    scales: dict[Tensor, Tensor]  # of the trial point
     after_first: Snapshot
 
 
@@ -68,9 +69,10 @@ class BLAQ(LatentOptimizer):
         module: the model: its buffers (BatchNorm's statistics) are left by the second evaluation as the first left them.
 
     State of a parameter: ``step``; ``exp_avg``, ``exp_avg_sq`` (shape of p); with a grid also ``latent`` (shape of p) and
-    ``scale`` ((rows, 1), float32); with ``"past"`` ``latent`` always, ``trial_grad``, and in `eval` ``trial`` and
-    ``trial_scale``. Tensors of quantized parameters are at least float32. In every group: ``grid``, ``granularity``,
-    ``solver``, the options, ``steps``, ``gradient_evaluations``, ``evaluating``, ``format``.
+    ``scale`` ((rows, 1), float32); with ``"past"`` ``latent`` always, ``trial_grad`` and ``trial_step`` (the last trial
+    gradient, and its step), and in `eval` ``trial`` and ``trial_scale``. Tensors of quantized parameters are at least
+    float32. In every group: ``grid``, ``granularity``, ``solver``, the options, ``steps``, ``gradient_evaluations``,
+    ``evaluating``, ``format``.
 
     Raises:
         ValueError: an option out of range, or unknown; weights that are not finite.
@@ -146,7 +148,16 @@ class BLAQ(LatentOptimizer):
                 random state and optimizer state are then as before the step; so they are when the closure raises.
         """
         two = self.trial == "fresh" and (self.param_groups[0]["steps"] + 1) % self.param_groups[0]["trial_every"] == 0
-        self._check_call(closure, scaler, two)
+        try:
+            self._check_call(closure, scaler, two)
+            return self._step(closure, scaler if scaler is not None and scaler.is_enabled() else None, two)
+        except BaseException:
+            # GradScaler.step() leaves them behind when we raise.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
+
+    def _step(self, closure: Closure | None, scaler: GradScaler | None, two: bool) -> Any:
         loss = None
         try:
             if closure is not None:
@@ -183,12 +194,13 @@ class BLAQ(LatentOptimizer):
             state["step"] += 1
             w, m, v, t = state.get("latent", p), state["exp_avg"], state["exp_avg_sq"], int(state["step"])
             g = grad.to(m.dtype)
-            if past and "trial_grad" in state:
+            if past and state["trial_step"] > 0:
                 d = update.backtrack(w, m, v, state["trial_grad"], g, t, group)
             else:
                 d = update.laq(w, m, v, g, t, group)
             if past:
-                state["trial_grad"] = g.clone()
+                state["trial_grad"].copy_(g)
+                state["trial_step"].fill_(t)
                 w, d = update.forward(w, m, v, g, t + 1, group)
             self._write(p, w, d, group, state)
         self._count(1)
@@ -218,7 +230,8 @@ class BLAQ(LatentOptimizer):
             with torch.enable_grad():
                 yield
         except BaseException as error:
-            if self._pending is not None and "backward through the graph a second time" in str(error):
+            stale = ("backward through the graph a second time", "modified by an inplace operation")
+            if self._pending is not None and any(sign in str(error) for sign in stale):
                 error.add_note(
                     f"{self._owner}: the closure runs twice a step; it must compute the forward pass each time."
                 )
@@ -251,6 +264,7 @@ class BLAQ(LatentOptimizer):
         if self._pending is None:
             raise ValueError(f"{self._owner}.backtrack_step(): no step begun; call forward_step() first.")
         self._run_half(self._backtrack)
+        self._opt_called = True  # a scheduler looks for it, to warn when no step came before its own
 
     @torch.no_grad()
     def abandon_step(self) -> None:
@@ -265,6 +279,8 @@ class BLAQ(LatentOptimizer):
                     self._hold(p, held.held_values(state["latent"], state["scale"], group))
         if before is not None:
             before.restore()
+        elif pending is not None:
+            pending.after_first.restore()
 
     def _run_half(self, half: Callable[[], None]) -> None:
         try:
@@ -276,7 +292,7 @@ class BLAQ(LatentOptimizer):
 
     def _forward(self) -> None:
         self._check_untouched()
-        pending = self._pending = _Pending({}, {}, Snapshot.take(self.module, self._devices()))
+        pending = self._pending = _Pending({}, {}, {}, Snapshot.take(self.module, self._devices()))
         for group, p, grad, state in self._with_gradients():
             # A copy: zero_grad(set_to_none=False) and the second backward write into p.grad.
             g = grad.to(state["exp_avg"].dtype, copy=True)
@@ -287,9 +303,10 @@ class BLAQ(LatentOptimizer):
                 pending.gradients[p] = g
                 p.copy_(w_trial)
             else:
-                scale = held.project(w_trial, d, state["scale"], group)
+                scale = pending.scales[p] = held.project(w_trial, d, state["scale"], group)
                 pending.gradients[p] = g
                 self._hold(p, held.held_values(w_trial, scale, group))
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     def _backtrack(self) -> None:
         pending = self._pending
@@ -311,6 +328,10 @@ class BLAQ(LatentOptimizer):
 
     # --- what the parameters hold -------------------------------------------------------------------------------------
 
+    def _scale_held(self, p: Tensor) -> Tensor:
+        trial = self._pending.scales.get(p) if self._pending is not None else None
+        return super()._scale_held(p) if trial is None else trial
+
     @property
     def in_trial(self) -> bool:
         """Whether the step under way is at its trial point: mute logging and counting there."""
@@ -320,33 +341,51 @@ class BLAQ(LatentOptimizer):
 
     def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
+        entries = list(self._with_gradients())
+        for _, p, grad, _ in entries:
+            if grad.is_sparse:
+                raise ValueError(
+                    f"{self._owner}: '{self._name(p)}' has a sparse gradient; use sparse=False in its layer."
+                )
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler.step() sets it around its call
         if scaler is not None:
             scaler.unscale_(view)
         elif found_inf is not None:
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             if grad_scale is not None and not found_inf.item():
-                for _, _, grad, _ in self._with_gradients():
+                for _, _, grad, _ in entries:
                     grad.div_(grad_scale)
-        bad = self._not_finite()
-        if bad and scaler is None and found_inf is None:
-            raise ValueError(
-                f"{self._owner}: the gradient of {', '.join(map(repr, bad))} is NaN, Inf or too large to square; nothing was "
-                "changed. Lower the learning rate, clip the gradient in the closure, or look at the batch."
-            )
-        return not bad
+        bad = self._too_large([(p, grad) for _, p, grad, _ in entries])
+        if (
+            bad
+            and (scaler is not None or found_inf is not None)
+            and any(not grad.isfinite().all() for _, _, grad, _ in entries)
+        ):
+            return False
+        self._refuse(bad, "the gradient")
+        self._refuse(
+            self._too_large([(p, state["latent"]) for _, p, _, state in entries if "latent" in state]),
+            "the latent weight",
+        )
+        return True
 
-    def _not_finite(self) -> list[str]:
-        """Names of the parameters with a gradient that would spoil the moments."""
-        found = list(self._with_gradients())
-        # The norm adds up squares: the second moment must not overflow either.
+    @staticmethod
+    def _too_large(tensors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The parameters whose tensor would spoil the moments: NaN, Inf, or too large to square. One synchronisation."""
         finite = [
-            torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).isfinite()
-            for _, _, grad, _ in found
+            torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).isfinite()
+            for _, t in tensors
         ]
-        if not finite or bool(torch.stack(finite).all()):  # one synchronisation
+        if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
             return []
-        return [self._name(p) for (_, p, _, _), good in zip(found, finite, strict=True) if not good]
+        return [p for (p, _), good in zip(tensors, finite, strict=True) if not good]
+
+    def _refuse(self, bad: list[Tensor], what: str) -> None:
+        if bad:
+            raise ValueError(
+                f"{self._owner}: {what} of {', '.join(repr(self._name(p)) for p in bad)} is NaN, Inf or too large to square; "
+                "nothing was changed. Lower the learning rate, clip the gradient in the closure, or look at the batch."
+            )
 
     def _check_call(self, closure: Closure | None, scaler: GradScaler | None, two: bool) -> None:
         self._check_idle("step")
@@ -363,14 +402,9 @@ class BLAQ(LatentOptimizer):
             )
         if closure is None and two:
             raise ValueError(_NEEDS_CLOSURE.format(owner=self._owner))
-        for _, p, grad, _ in self._with_gradients():
-            if grad.is_sparse:
-                raise ValueError(
-                    f"{self._owner}: '{self._name(p)}' has a sparse gradient; use sparse=False in its layer."
-                )
 
     def _check_idle(self, what: str) -> None:
         if self._pending is not None:
             raise ValueError(
-                f"{self._owner}.{what}: a step is under way at its trial point; call backtrack_step() first."
+                f"{self._owner}.{what}: a step is under way at its trial point; call backtrack_step(), or abandon_step()."
             )

@@ -26,28 +26,21 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
             f"{owner}.load_state_dict(): checkpoint has groups of {saved_sizes} parameters, this optimizer of {sizes}; build "
             "the optimizer with the same model and rules."
         )
-    problems: list[str] = []
-    for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
-        if "grid" not in theirs:
+    for index, group in enumerate(saved["param_groups"]):
+        if "grid" not in group:
             raise ValueError(
                 f"{owner}.load_state_dict(): group {index} of the checkpoint has no grid; not a state of {owner}."
             )
-        if theirs["format"] > FORMAT:
+        if group["format"] > FORMAT:
             raise ValueError(
-                f"{owner}.load_state_dict(): checkpoint has format {theirs['format']}, this blaq reads {FORMAT}; update blaq."
+                f"{owner}.load_state_dict(): checkpoint has format {group['format']}, this blaq reads {FORMAT}; update blaq."
             )
-        for key in ("grid", "granularity"):
-            if theirs[key] != ours[key]:
-                names = ", ".join(f"'{parameter_name(ours, index, i)}'" for i in range(len(ours["params"])))
-                problems.append(
-                    f"checkpoint has {key}={theirs[key]!r} for {names}, this optimizer has {key}={ours[key]!r}"
-                )
+    problems = [*_other_options(saved, groups), *_other_places(saved, groups)]
     if not problems:
-        for group, p, state in _pairs(saved, groups):
-            problems.extend(
-                f"checkpoint has {key} of shape {a} for '{name(p)}', expected {b}"
-                for key, a, b in _misfits(group, p, state)
-            )
+        for index, group, p in _parameters(saved, groups):
+            problems += [
+                f"checkpoint has {problem}" for problem in _misfits(group, p, saved["state"].get(index), name(p))
+            ]
     if problems:
         raise ValueError(
             f"{owner}.load_state_dict(): "
@@ -58,30 +51,54 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
 
 
 def repair_dtypes(saved: dict[str, Any], groups: list[Group], state: MutableMapping[Tensor, Any]) -> None:
-    """Put the saved tensors, uncast, in place of those that torch cast to the dtype of the parameter."""
-    for group, p, theirs in _pairs(saved, groups):
+    """Put copies of the saved tensors, uncast, in place of those that torch cast to the dtype of the parameter."""
+    for index, group, p in _parameters(saved, groups):
         wide = p.dtype if group["grid"] is None else widen(p.new_empty(0)).dtype
-        for key, value in theirs.items():
-            if key in _LIKE_PARAMETER:
-                state[p][key] = value.to(device=p.device, dtype=wide, copy=True)
+        dtypes = dict.fromkeys(_LIKE_PARAMETER, wide) | {"trial": p.dtype}
+        for key, value in saved["state"][index].items():
+            if key in dtypes:
+                state[p][key] = value.to(device=p.device, dtype=dtypes[key], copy=True)
             elif key in ("scale", "trial_scale"):
                 state[p][key] = value.to(device=p.device, copy=True)
-            elif key == "step":
+            elif key in ("step", "trial_step"):
                 state[p][key] = value.clone()
 
 
-def _misfits(group: Group, p: Tensor, state: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    shapes = {key: tuple(p.shape) for key in (*_LIKE_PARAMETER, "trial")}
-    if "scale" in state:
+def _other_options(saved: dict[str, Any], groups: list[Group]) -> Iterator[str]:
+    for index, (theirs, ours) in enumerate(zip(saved["param_groups"], groups, strict=True)):
+        for key in ("grid", "granularity"):
+            if theirs[key] != ours[key]:
+                names = ", ".join(f"'{parameter_name(ours, index, i)}'" for i in range(len(ours["params"])))
+                yield f"checkpoint has {key}={theirs[key]!r} for {names}, this optimizer has {key}={ours[key]!r}"
+
+
+def _other_places(saved: dict[str, Any], groups: list[Group]) -> Iterator[str]:
+    """Parameters that both sides have, in different places: each would get the state of another."""
+    theirs, ours = ([n for g in side for n in g.get("param_names", [])] for side in (saved["param_groups"], groups))
+    if set(theirs) == set(ours):
+        yield from (f"checkpoint has '{a}' in the place of '{b}'" for a, b in zip(theirs, ours, strict=True) if a != b)
+
+
+def _misfits(group: Group, p: Tensor, state: dict[str, Any] | None, name: str) -> Iterator[str]:
+    """What is missing or of another shape in the state of one parameter."""
+    if state is None:
+        yield f"no state for '{name}' (torch leaves out frozen parameters: set requires_grad=True until it is loaded)"
+        return
+    shapes = {key: tuple(p.shape) for key in (*_LIKE_PARAMETER, "trial")} | {"step": (), "trial_step": ()}
+    needed = {"step", "exp_avg", "exp_avg_sq"}
+    if group["grid"] is not None:
         rows = row_shape(p.shape, group["granularity"], "checkpoint")[0]
         shapes["scale"] = shapes["trial_scale"] = (rows, Grid.parse(group["grid"]).scales)
+        needed |= {"latent", "scale"}
     for key, shape in shapes.items():
-        if key in state and tuple(state[key].shape) != shape:
-            yield key, tuple(state[key].shape), shape
+        if key not in state and key in needed:
+            yield f"no {key} for '{name}'"
+        elif key in state and tuple(state[key].shape) != shape:
+            yield f"{key} of shape {tuple(state[key].shape)} for '{name}', expected {shape}"
 
 
-def _pairs(saved: dict[str, Any], groups: list[Group]) -> Iterator[tuple[Group, Tensor, dict[str, Any]]]:
+def _parameters(saved: dict[str, Any], groups: list[Group]) -> Iterator[tuple[Any, Group, Tensor]]:
+    """The key of its state in the checkpoint, the group, and the parameter."""
     for theirs, ours in zip(saved["param_groups"], groups, strict=True):
         for index, p in zip(theirs["params"], ours["params"], strict=True):
-            if index in saved["state"]:
-                yield ours, p, saved["state"][index]
+            yield index, ours, p

@@ -26,11 +26,21 @@ def initial_state(p: Tensor, name: str, group: Group) -> State:
     state: State = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(work), "exp_avg_sq": torch.zeros_like(work)}
     if group["grid"] is not None or group["trial"] == "past":
         state["latent"] = work.detach().clone(memory_format=torch.preserve_format)
+    if group["trial"] == "past":
+        state.update(no_trial_yet(state["exp_avg"]))
     if group["grid"] is not None:
         check_finite(p, f"'{name}'")
         rows = row_shape(p.shape, group["granularity"], f"'{name}' ")
         state["scale"] = solve_scale(in_rows(state["latent"], rows), None, Grid.parse(group["grid"]), "exact")
     return state
+
+
+def no_trial_yet(like: Tensor) -> State:
+    """What "past" remembers of its last trial: its gradient, and the step it was for (0: none so far).
+
+    There from the start: distributed checkpoints load into the keys that a new optimizer has.
+    """
+    return {"trial_grad": torch.zeros_like(like), "trial_step": torch.tensor(0.0)}
 
 
 def project(w: Tensor, d: Tensor, scale: Tensor, group: Group) -> Tensor:

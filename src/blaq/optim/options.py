@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -37,8 +38,8 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
     allowed = {*known, *_ANNOTATIONS}
     for key in group:
         if key not in allowed:
-            near = difflib.get_close_matches(key, sorted(allowed), n=1)
             hint = "build groups with blaq.param_groups(model, bits=...)" if key == "bits" else "remove it"
+            near = [] if key == "bits" else difflib.get_close_matches(key, sorted(allowed), n=1)
             raise ValueError(
                 f"{where} has an unknown option {key!r}; " + (f"did you mean {near[0]!r}?" if near else f"{hint}.")
             )
@@ -48,7 +49,7 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
     check_solver(group["solver"], owner)
     for position, parameter in enumerate(group["params"]):
         name = parameter_name(group, index, position)
-        if parameter.is_complex():
+        if parameter.is_complex() or (grid is not None and not parameter.is_floating_point()):
             raise ValueError(f"{owner}: '{name}' is {parameter.dtype}; expected a real floating dtype.")
         if parameter.is_meta:
             raise ValueError(
@@ -60,28 +61,37 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
 
 def check_options(owner: str, options: dict[str, Any]) -> None:
     """Check the constructor's options, which every group may override."""
-    lr, betas, eps, decay, a = (options[key] for key in ("lr", "betas", "eps", "weight_decay", "a"))
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"{owner}(lr={tuple(lr.shape)} tensor): expected one number.")
-    if not _in(float(lr), 0, math.inf):
-        raise ValueError(f"{owner}(lr={lr}): expected a finite lr >= 0.")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"{owner}(betas={betas}): expected two numbers, 0 <= beta < 1 (decay of Adam's moments).")
+    lr, betas, eps, decay, a, clip = (options[key] for key in ("lr", "betas", "eps", "weight_decay", "a", "clip"))
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{owner}(lr={tuple(lr.shape)} tensor): expected one number.")
+        lr = lr.item()
+    if not _in(lr, 0, math.inf):
+        raise ValueError(f"{owner}(lr={lr!r}): expected a finite lr >= 0.")
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_in(b, 0, 1) and b < 1 for b in betas):
+        raise ValueError(f"{owner}(betas={betas!r}): expected two numbers, 0 <= beta < 1 (decay of Adam's moments).")
     if not (_in(eps, 0, math.inf) and eps > 0):
-        raise ValueError(f"{owner}(eps={eps}): expected a finite eps > 0 (it keeps the curvature positive).")
+        raise ValueError(f"{owner}(eps={eps!r}): expected a finite eps > 0 (it keeps the curvature positive).")
     if not _in(decay, 0, math.inf):
         raise ValueError(
-            f"{owner}(weight_decay={decay}): expected a finite weight_decay >= 0 (decoupled, on latent weights)."
+            f"{owner}(weight_decay={decay!r}): expected a finite weight_decay >= 0 (decoupled, on latent weights)."
         )
     if not _in(a, 0, 1):
-        raise ValueError(f"{owner}(a={a}): expected 0 <= a <= 1 (weight of the gradient at the current point).")
-    clip, trial, every = options["clip"], options["trial"], options["trial_every"]
+        raise ValueError(f"{owner}(a={a!r}): expected 0 <= a <= 1 (weight of the gradient at the current point).")
     if clip is not None and not (_in(clip, 0, math.inf) and clip > 0):
-        raise ValueError(f"{owner}(clip={clip}): expected None or a number > 0 (latent weights stay in [-clip, clip]).")
+        raise ValueError(
+            f"{owner}(clip={clip!r}): expected None or a number > 0 (latent weights stay in [-clip, clip])."
+        )
+    trial, every = options["trial"], options["trial_every"]
     if trial not in TRIALS:
         raise ValueError(f"{owner}(trial={trial!r}): expected 'fresh' (two gradients), 'past' (one) or 'none' (LAQ).")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"{owner}(trial_every={every!r}): expected an int >= 1 (a trial at every k-th step).")
+
+
+def check_trial_every(owner: str, options: dict[str, Any]) -> None:
+    """Refuse an optimizer that is built to skip trials and makes none. (Its trial may be set to "none" later.)"""
+    trial, every = options["trial"], options["trial_every"]
     if trial != "fresh" and every != 1:
         raise ValueError(
             f"{owner}(trial={trial!r}, trial_every={every}): only trial='fresh' skips trials; leave it at 1."
@@ -94,5 +104,5 @@ def parameter_name(group: dict[str, Any], index: int, position: int) -> str:
     return str(names[position]) if names else f"group {index} [{position}]"
 
 
-def _in(value: float, low: float, high: float) -> bool:
-    return math.isfinite(value) and low <= value <= high
+def _in(value: object, low: float, high: float) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high

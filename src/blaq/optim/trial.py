@@ -36,21 +36,28 @@ class RandomState:
 
 
 class BufferState:
-    """The values of all buffers of a module, also of those that a forward pass replaces instead of writing into."""
+    """The buffers of a module and their values: also of those that a forward pass replaces, drops or makes."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        if module is not None:
-            for owner in module.modules():
-                for name, buffer in owner.named_buffers(recurse=False):
-                    self._saved.append((owner, name, buffer, buffer.detach().clone()))
+        owners = module.modules() if module is not None else ()
+        self._buffers = [(owner._buffers, dict(owner._buffers)) for owner in owners]
+        found = {id(b): b for _, then in self._buffers for b in then.values() if b is not None and _is_writable(b)}
+        self._values = [(buffer, buffer.detach().clone()) for buffer in found.values()]
 
     def restore(self) -> None:
         """Put every buffer back: the same tensor object, with the same values."""
+        for now, then in self._buffers:
+            now.clear()
+            now.update(then)
         with torch.no_grad():
-            for owner, name, buffer, values in self._saved:
+            for buffer, values in self._values:
                 buffer.copy_(values)
-                owner._buffers[name] = buffer
+
+
+def _is_writable(buffer: Tensor) -> bool:
+    """False where torch itself refuses to write, so that no forward pass can have written."""
+    shared = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+    return not shared and not buffer.is_inference()
 
 
 @dataclass(slots=True)

@@ -1,0 +1,170 @@
+"""What a step that fails leaves behind: everything as before it, whoever failed, and a message that names the parameter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blaq
+from blaq.optim import update
+
+Check = Callable[..., None]
+NewTask = Callable[..., Any]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize("when", ["first", "second", "past", "none"])
+def test_a_gradient_that_is_not_finite(when: str, value: float, new_task: NewTask, assert_identical: Check) -> None:
+    """1e30 is finite in float32, its square is not: the second moment would be lost."""
+    options = {"trial": when if when in ("past", "none") else "fresh"}
+    expected = new_task(**options).train([0, 1, 2, 4, 5]).everything()
+    task = new_task(**options).train([0, 1, 2])
+    before = task.everything()
+    left: dict[Tensor, Tensor] = {}
+
+    def closure() -> Tensor:
+        loss: Tensor = task.closure(3)()
+        if task.opt.in_trial == (when == "second"):
+            task.model[4].weight.grad[1, 2] = value
+        left.update({p: p.grad.clone() for p in task.model.parameters()})
+        return loss
+
+    with pytest.raises(ValueError, match=r"BLAQ: the gradient of '4.weight' is NaN, Inf or too large"):
+        task.opt.step(closure)
+    assert_identical(before, task.everything())
+    assert_identical(left, {p: p.grad for p in task.model.parameters()})
+    assert_identical(expected, task.train([4, 5]).everything())  # as if the bad batch had not been
+
+
+@pytest.mark.parametrize("mode", ["none", "past"])
+def test_a_bad_gradient_without_closure(mode: str, new_task: NewTask, assert_identical: Check) -> None:
+    task = new_task(trial=mode).train(range(2))
+    task.closure(2)()
+    task.model[0].weight.grad[0, 0] = float("nan")
+    task.model[4].bias.grad[0] = float("inf")
+    before = task.everything()
+    with pytest.raises(ValueError, match=r"the gradient of '0.weight', '4.bias' is NaN"):
+        task.opt.step()
+    assert_identical(before, task.everything())
+
+
+def test_a_parameter_without_a_name_is_told_by_its_place() -> None:
+    p, q = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+    opt = blaq.LAQ([{"params": [p], "grid": "binary"}, {"params": [p.detach().clone().requires_grad_(), q]}])
+    p.grad, q.grad = torch.zeros(3), torch.full((3,), float("nan"))
+    with pytest.raises(ValueError, match=r"LAQ: the gradient of 'group 1 \[1\]'"):
+        opt.step()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["start", "forward", "end"])
+@pytest.mark.parametrize("when", ["first", "second", "past", "none"])
+def test_a_closure_that_raises(
+    when: str, place: str, error: type[BaseException], new_task: NewTask, assert_identical: Check
+) -> None:
+    options = {"trial": when if when in ("past", "none") else "fresh"}
+    expected = new_task(**options).train([0, 1, 2, 4, 5]).everything()
+    task = new_task(**options).train([0, 1, 2])
+    before = task.everything()
+    left: dict[Tensor, Tensor | None] = {}
+
+    def closure() -> None:
+        bad = task.opt.in_trial == (when == "second")
+        if bad and place == "start":
+            left.update({p: p.grad for p in task.model.parameters()})
+            raise error("stop")
+        task.opt.zero_grad()
+        loss = task.loss(3)  # BatchNorm and dropout have run
+        if bad and place == "forward":
+            left.update({p: p.grad for p in task.model.parameters()})
+            raise error("stop")
+        loss.backward()
+        if bad:
+            left.update({p: p.grad for p in task.model.parameters()})
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        task.opt.step(closure)
+    assert not task.opt.in_trial
+    assert_identical(before, task.everything())
+    assert all(p.grad is gradient for p, gradient in left.items())
+    assert_identical(expected, task.train([4, 5]).everything())
+
+
+@pytest.mark.parametrize("entry", ["closure", "forward_step"])
+def test_an_interruption_on_the_way_to_the_trial_point(
+    entry: str, new_task: NewTask, assert_identical: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while some parameters are there already."""
+    task = new_task().train(range(2))
+    task.closure(2)()
+    before, calls = task.everything(), []
+    forward = update.forward
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(*args)
+
+    monkeypatch.setattr(update, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        task.opt.step(task.closure(2)) if entry == "closure" else task.opt.forward_step()
+    assert_identical(before, task.everything())
+    assert not task.opt.in_trial
+
+
+@pytest.mark.parametrize("missing_in", ["first", "second"])
+def test_a_gradient_in_one_evaluation_only(missing_in: str, new_task: NewTask, assert_identical: Check) -> None:
+    task = new_task().train(range(2))
+    before = task.everything()
+
+    def closure() -> None:
+        task.closure(2)()
+        if task.opt.in_trial == (missing_in == "second"):
+            task.model[4].weight.grad = None
+
+    with pytest.raises(ValueError, match=r"only one of the two evaluations gave a gradient to '4.weight'; both must"):
+        task.opt.step(closure)
+    assert_identical(before, task.everything())
+
+
+@pytest.mark.parametrize("entry", ["closure", "without closure", "halves"])
+def test_a_sparse_gradient_is_refused_by_name(entry: str, everything: Any, assert_identical: Check) -> None:
+    layer = nn.Embedding(5, 3, sparse=True)
+    groups = [{"params": [layer.weight], "param_names": ["words"], "grid": "binary"}]
+    opt = blaq.BLAQ(groups, trial="none" if entry == "without closure" else "fresh", module=layer)
+
+    def closure() -> None:
+        opt.zero_grad()
+        layer(torch.tensor([1, 2])).sum().backward()
+
+    if entry != "closure":
+        closure()
+    before = everything(opt)
+    call = {"closure": lambda: opt.step(closure), "without closure": opt.step, "halves": opt.forward_step}[entry]
+    with pytest.raises(ValueError, match=r"'words' has a sparse gradient; use sparse=False"):
+        call()
+    assert_identical(before, everything(opt))
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_forward_pass_outside_the_closure_gives_a_hint(
+    retain: bool, new_task: NewTask, assert_identical: Check
+) -> None:
+    """The second backward meets a freed graph, or one whose weights have moved on."""
+    task = new_task()
+    loss = task.loss(0)
+    before = task.everything()
+
+    def closure() -> Tensor:
+        task.opt.zero_grad()
+        loss.backward(retain_graph=retain)
+        return loss
+
+    with pytest.raises(RuntimeError) as error:
+        task.opt.step(closure)
+    assert_identical(before, task.everything())
+    assert any("must compute the forward pass each time" in note for note in getattr(error.value, "__notes__", []))

@@ -1,0 +1,222 @@
+"""Which weights a parameter may hold: writes from outside, memory layouts, and parameters of unusual shape."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blaq
+
+Check = Callable[..., None]
+NewTask = Callable[..., Any]
+
+in_every_mode = pytest.mark.parametrize("mode", ["fresh", "past", "none"])
+
+
+# --- writes from outside ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint() -> dict[str, Tensor]:
+    """Float weights for a Task's network."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"0.weight": (8, 6), "0.bias": (8,), "4.weight": (3, 8), "4.bias": (3,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "entry"),
+    [
+        ("fresh", "closure"),
+        ("fresh", "forward_step"),
+        ("past", "closure"),
+        ("past", "without closure"),
+        ("none", "closure"),
+        ("none", "without closure"),
+    ],
+)
+def test_weights_loaded_too_late_are_noticed(
+    mode: str, entry: str, new_task: NewTask, checkpoint: dict[str, Tensor], assert_identical: Check
+) -> None:
+    task = new_task(trial=mode).train(range(2))
+    task.closure(2)()
+    task.model.load_state_dict(checkpoint, strict=False)
+    before = task.everything()
+    call = {
+        "closure": lambda: task.opt.step(task.closure(2)),
+        "without closure": task.opt.step,
+        "forward_step": task.opt.forward_step,
+    }[entry]
+    message = r"BLAQ: '0.weight' was changed outside the optimizer and is no longer the scale \* level it wrote; .* adopt_weights"
+    for _ in range(2):  # and not only once
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert_identical(before, task.everything())
+
+
+def test_codes_of_changed_weights_are_refused(new_task: NewTask) -> None:
+    """Also of writes through .data, which torch does not count and step() therefore cannot see."""
+    task = new_task()
+    p = task.model[0].weight
+    p.data.mul_(1.5)
+    with pytest.raises(ValueError, match=r"'0.weight' was changed outside the optimizer"):
+        task.opt.codes(p)
+
+
+def test_a_write_that_stays_on_the_grid_is_noticed_too(new_task: NewTask) -> None:
+    """Zeroing ternary weights, as pruning does: the next step would bring them back from the latent weights."""
+    task = new_task("ternary", trial="none").train(range(2))
+    with torch.no_grad():
+        task.model[0].weight[:, :3] = 0
+    task.closure(2)()
+    with pytest.raises(ValueError, match=r"'0.weight' was changed outside the optimizer"):
+        task.opt.step()
+
+
+def test_writing_the_same_values_is_no_change(new_task: NewTask, assert_identical: Check) -> None:
+    """Loading a model's own weights, as a resumed run does."""
+    for mode in ("fresh", "past", "none"):
+        expected = new_task(trial=mode).train(range(4)).everything()
+        task = new_task(trial=mode).train(range(2))
+        task.model.load_state_dict(task.model.state_dict())
+        assert_identical(expected, task.train(range(2, 4)).everything())
+
+
+@in_every_mode
+def test_adopt_weights(mode: str, new_task: NewTask, checkpoint: dict[str, Tensor]) -> None:
+    """The loaded values become latent weights, quantized as by a new optimizer; moments stay, training goes on."""
+    task = new_task(trial=mode).train(range(3))
+    moments = {p: task.opt.state[p]["exp_avg"].clone() for p in task.model.parameters()}
+    task.model.load_state_dict(checkpoint, strict=False)
+    task.opt.adopt_weights()
+    for name, value in checkpoint.items():
+        p = task.model.get_parameter(name)
+        assert torch.equal(task.opt.latent(p), value)
+        if name.endswith("weight"):
+            q = blaq.project(value, None, "ternary", "channel")
+            assert torch.equal(p, q.values)
+            assert torch.equal(task.opt.scale(p), q.scale)
+            assert torch.equal(task.opt.codes(p), q.codes)
+        else:
+            assert torch.equal(p, value)
+        assert torch.equal(task.opt.state[p]["exp_avg"], moments[p])
+    # The next step starts there: without a trial it is Adam's, from the gradient at the weights adopted.
+    adopted = [task.model.get_parameter(name) for name in checkpoint]
+    looks = [nn.Parameter(task.opt.latent(p).clone()) for p in adopted]
+    adam = torch.optim.Adam(looks, lr=0.05)
+    for look, p in zip(looks, adopted, strict=True):
+        adam.state[look] = {key: task.opt.state[p][key].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+    task.train([3])
+    for look, p in zip(looks, adopted, strict=True):
+        look.grad = p.grad
+    adam.step()
+    for look, p in zip(looks, adopted, strict=True):
+        assert torch.equal(look, task.opt.latent(p)) == (mode != "fresh")
+
+
+@in_every_mode
+def test_adopting_leaves_alone_what_nobody_wrote(mode: str, new_task: NewTask, assert_identical: Check) -> None:
+    task = new_task(trial=mode).train(range(3))
+    before = task.everything()
+    task.opt.adopt_weights()
+    assert_identical(before, task.everything())
+
+
+def test_adopting_a_bad_weight_changes_nothing(
+    new_task: NewTask, checkpoint: dict[str, Tensor], assert_identical: Check
+) -> None:
+    task = new_task()
+    checkpoint["4.weight"][1, 1] = float("nan")
+    task.model.load_state_dict(checkpoint, strict=False)
+    before = task.everything()
+    with pytest.raises(ValueError, match=r"'4.weight': expected finite values, found 1 NaN or Inf of 24"):
+        task.opt.adopt_weights()
+    assert_identical(before, task.everything())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_weight_is_refused_before_any_is_quantized(value: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[1].weight[0, 0] = value
+    first = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'1.weight': expected finite values"):
+        blaq.LAQ(blaq.param_groups(model, 1))
+    assert torch.equal(model[0].weight, first)
+
+
+def test_latent_weights_that_overflow_are_an_error_by_name() -> None:
+    """Training that diverges, here by a decay beyond all bounds, stops before the parameter holds NaN."""
+    p = nn.Parameter(torch.tensor([1.0, -1.0, 0.5]))
+    opt = blaq.LAQ([{"params": [p], "grid": "ternary", "param_names": ["p"]}], lr=1.0, weight_decay=1e20)
+    p.grad = torch.tensor([1.0, -1.0, 1.0])
+
+    def diverge() -> None:
+        for _ in range(4):
+            opt.step()
+
+    with pytest.raises(ValueError, match="'p'"):
+        diverge()
+    assert torch.isfinite(p).all()
+
+
+# --- layouts and shapes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 9])
+@pytest.mark.parametrize("grid", ["binary", "linear3", "ternary2"])
+@in_every_mode
+def test_memory_layout_makes_no_difference(
+    mode: str, grid: str, granularity: str | int, assert_identical: Check
+) -> None:
+    ends: list[Any] = []
+    for layout in ("contiguous", "channels last", "transposed"):
+        generator = torch.Generator().manual_seed(0)
+        value = torch.randn(4, 2, 3, 3, generator=generator)
+        if layout == "channels last":
+            value = value.contiguous(memory_format=torch.channels_last)
+        elif layout == "transposed":
+            value = value.transpose(0, 3).contiguous().transpose(0, 3)
+        p = nn.Parameter(value)
+        assert p.is_contiguous() == (layout == "contiguous")
+        opt = blaq.BLAQ([{"params": [p], "grid": grid, "granularity": granularity}], lr=0.05, trial=mode)
+        for _ in range(5):
+
+            def closure(p: nn.Parameter = p, opt: blaq.BLAQ = opt) -> None:
+                opt.zero_grad()
+                (p.square().sum() + p.sin().sum()).backward()
+
+            opt.step(closure)
+        assert p.stride() == value.stride()
+        ends.append([p.detach(), opt.codes(p), dict(opt.state[p])])
+    assert_identical(ends[0], ends[1])
+    assert_identical(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("solver", ["exact", "alternating"])
+@pytest.mark.parametrize("grid", ["binary", "ternary2", "linear3", "midrise2", None])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (), (1,), (1, 1)], ids=str)
+def test_empty_and_single_weights(shape: tuple[int, ...], grid: str | None, solver: str, granularity: str) -> None:
+    p, other = nn.Parameter(torch.full(shape, -0.75)), nn.Parameter(torch.randn(3))
+    groups = [
+        {"params": [p], "grid": grid, "granularity": granularity, "solver": solver},
+        {"params": [other], "grid": 1},
+    ]
+    for mode in ("fresh", "past", "none"):
+        opt = blaq.BLAQ(groups, lr=0.125, betas=(0.0, 0.0), eps=1e-12, trial=mode)
+        before = p.detach().clone()
+
+        def closure(opt: blaq.BLAQ = opt) -> None:
+            opt.zero_grad()
+            (p.sum() + other.sum()).backward()
+
+        opt.step(closure)
+        opt.eval()
+        assert p.shape == shape
+        # A constant gradient: every mode takes one step of the learning rate; a weight alone in its row fits exactly.
+        torch.testing.assert_close(p.detach(), before - 0.125)
+        if grid is not None:
+            assert opt.codes(p).shape == shape
