@@ -137,3 +137,21 @@ def test_a_frozen_parameter_is_thawed_for_loading(
     after = everything(opt)
     train(model2, opt2, 2)
     assert_identical(everything(opt2), after)
+
+
+@pytest.mark.parametrize("flip", ["past to fresh", "none to past", "eval to train", "train to eval"])
+def test_flattened_state_of_another_mode_is_refused(flip: str, everything: Everything, assert_identical: Check) -> None:
+    """Flattened, torch loads the keys that the new optimizer has, no more; and {} where the checkpoint lacks one."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    old, new = flip.split(" to ")
+    model, opt = build(old if old in MODES else "past")
+    model2, opt2 = build(new if new in MODES else "past", seed=1)
+    train(model, opt, 2)
+    for optimizer, phase in ((opt, old), (opt2, new)):
+        if phase == "eval":
+            optimizer.eval()
+    state = get_optimizer_state_dict(model, opt, options=options)
+    before = everything(opt2)
+    with pytest.raises(ValueError, match=r"BLAQ\.load_state_dict\(\): .*'0\.weight'"):
+        set_optimizer_state_dict(model2, opt2, state, options=options)
+    assert_identical(everything(opt2), before)

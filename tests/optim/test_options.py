@@ -241,3 +241,32 @@ def test_a_stranger_is_no_parameter() -> None:
     for look in (opt.codes, opt.scale):
         with pytest.raises(ValueError, match=r"'group 1 \[0\]' has no grid; its value is the parameter itself"):
             look(q)
+
+
+def test_eps_that_half_precision_rounds_to_zero_is_refused() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"LAQ\(eps=1e-08\): is 0 in torch.float16, the dtype of 'group 0 \[0\]'"):
+        blaq.LAQ([{"params": [p]}])
+
+
+def test_groups_of_another_optimizer_bring_no_counts_along() -> None:
+    p = nn.Parameter(torch.ones(2))
+    groups = [{"params": [p], "grid": "binary"}]
+    first = blaq.LAQ(groups)
+    torch.optim.lr_scheduler.OneCycleLR(first, max_lr=0.1, total_steps=5)
+    p.grad = torch.ones(2)
+    first.step()
+    for again in (groups, first.param_groups):
+        second = blaq.LAQ(again)
+        assert (second.param_groups[0]["steps"], second.gradient_evaluations) == (0, 0)
+        second.step()
+    assert first.param_groups[0]["steps"] == 1
+
+
+def test_laq_refuses_the_state_of_a_trial() -> None:
+    p = nn.Parameter(torch.ones(2))
+    state = blaq.BLAQ([{"params": [p], "grid": "binary"}]).state_dict()
+    with pytest.raises(
+        ValueError, match=r"LAQ.load_state_dict\(\): checkpoint has trial='fresh'; load it into blaq.BLAQ"
+    ):
+        blaq.LAQ([{"params": [p], "grid": "binary"}]).load_state_dict(state)

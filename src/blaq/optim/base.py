@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from blaq.optim import checkpoint, held, update
 from blaq.optim.options import (
+    COUNTERS,
     GROUP_DEFAULTS,
     SHARED,
     TRIALS,
@@ -157,9 +158,10 @@ class LatentOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; quantized parameters are on their grid when this returns."""
-        if self._constructed:
-            param_group = {**{key: self.param_groups[0][key] for key in SHARED}, **param_group}
-        super().add_param_group(param_group)
+        counters = {key: self.param_groups[0][key] if self._constructed else GROUP_DEFAULTS[key] for key in COUNTERS}
+        shared = {key: self.param_groups[0][key] for key in SHARED} if self._constructed else {}
+        # A group of its own: one that two optimizers share would count the steps of both.
+        super().add_param_group({**shared, **param_group, **counters})
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         try:
             check_group(self._owner, group, self.defaults, index)
@@ -169,8 +171,6 @@ class LatentOptimizer(Optimizer):
                         f"{self._owner}: group {index} has {key}={group[key]!r}; all groups share one value of it."
                     )
             if self._constructed:
-                for key in ("steps", "gradient_evaluations", "evaluating"):
-                    group[key] = self.param_groups[0][key]
                 if group["evaluating"]:
                     raise ValueError(f"{self._owner}.add_param_group(): call train() first.")
                 self._initialize([group])

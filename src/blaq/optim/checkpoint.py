@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from blaq.grids import Grid
-from blaq.optim.options import FORMAT, parameter_name
+from blaq.optim.options import FORMAT, GROUP_DEFAULTS, SHARED, parameter_name
 from blaq.optim.update import Group
 from blaq.projection import row_shape, widen
 
 # As large as the parameter. torch casts them to its dtype, which would round latent weights to bfloat16.
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "a", "clip", *SHARED, *GROUP_DEFAULTS)
 _LIKE_PARAMETER = ("latent", "exp_avg", "exp_avg_sq", "trial_grad")
 
 
@@ -27,9 +28,11 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
             "the optimizer with the same model and rules."
         )
     for index, group in enumerate(saved["param_groups"]):
-        if "grid" not in group:
+        absent = [key for key in _OPTIONS if key not in group]
+        if absent:
             raise ValueError(
-                f"{owner}.load_state_dict(): group {index} of the checkpoint has no grid; not a state of {owner}."
+                f"{owner}.load_state_dict(): group {index} of the checkpoint has no {', '.join(absent)}; "
+                f"not a state of {owner}."
             )
         if group["format"] > FORMAT:
             raise ValueError(
@@ -37,9 +40,10 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
             )
     problems = [*_other_options(saved, groups), *_other_places(saved, groups)]
     if not problems:
+        mode = saved["param_groups"][0]
         for index, group, p in _parameters(saved, groups):
             problems += [
-                f"checkpoint has {problem}" for problem in _misfits(group, p, saved["state"].get(index), name(p))
+                f"checkpoint has {problem}" for problem in _misfits(mode, group, p, saved["state"].get(index), name(p))
             ]
     if problems:
         raise ValueError(
@@ -79,20 +83,31 @@ def _other_places(saved: dict[str, Any], groups: list[Group]) -> Iterator[str]:
         yield from (f"checkpoint has '{a}' in the place of '{b}'" for a, b in zip(theirs, ours, strict=True) if a != b)
 
 
-def _misfits(group: Group, p: Tensor, state: dict[str, Any] | None, name: str) -> Iterator[str]:
+def _needed(quantized: bool, mode: Group) -> set[str]:
+    """The keys that the state of a parameter has, in the mode of the checkpoint."""
+    past, evaluating = mode["trial"] == "past", mode["evaluating"]
+    keys = {"step", "exp_avg", "exp_avg_sq"}
+    keys |= {"latent"} if quantized or past else set()
+    keys |= {"scale"} if quantized else set()
+    keys |= {"trial_grad", "trial_step"} if past else set()
+    keys |= {"trial"} if evaluating else set()
+    return keys | ({"trial_scale"} if evaluating and quantized else set())
+
+
+def _misfits(mode: Group, group: Group, p: Tensor, state: dict[str, Any] | None, name: str) -> Iterator[str]:
     """What is missing or of another shape in the state of one parameter."""
     if state is None:
         yield f"no state for '{name}' (torch leaves out frozen parameters: set requires_grad=True until it is loaded)"
         return
     shapes = {key: tuple(p.shape) for key in (*_LIKE_PARAMETER, "trial")} | {"step": (), "trial_step": ()}
-    needed = {"step", "exp_avg", "exp_avg_sq"}
     if group["grid"] is not None:
         rows = row_shape(p.shape, group["granularity"], "checkpoint")[0]
         shapes["scale"] = shapes["trial_scale"] = (rows, Grid.parse(group["grid"]).scales)
-        needed |= {"latent", "scale"}
+    for key in sorted(_needed(group["grid"] is not None, mode) - state.keys()):
+        yield f"no {key} for '{name}'"
     for key, shape in shapes.items():
-        if key not in state and key in needed:
-            yield f"no {key} for '{name}'"
+        if key in state and not isinstance(state[key], Tensor):
+            yield f"{key}={state[key]!r} for '{name}', expected a tensor"
         elif key in state and tuple(state[key].shape) != shape:
             yield f"{key} of shape {tuple(state[key].shape)} for '{name}', expected {shape}"
 

@@ -1,5 +1,7 @@
 """LAQ: loss-aware quantization with one gradient a step."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
@@ -38,3 +40,17 @@ class LAQ(BLAQ):
         module: nn.Module | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, a=1.0, trial="none", clip=clip, module=module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of LAQ; see `BLAQ.load_state_dict`.
+
+        Raises:
+            ValueError: as there; also a state whose steps take a trial.
+        """
+        for group in state_dict["param_groups"]:
+            if group.get("trial", "none") != "none":
+                raise ValueError(
+                    f"LAQ.load_state_dict(): checkpoint has trial={group['trial']!r}; load it into blaq.BLAQ, and set trial "
+                    "to 'none' to go on without."
+                )
+        super().load_state_dict(state_dict)

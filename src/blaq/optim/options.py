@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blaq.grids import Grid
@@ -24,7 +25,10 @@ GROUP_DEFAULTS: dict[str, Any] = {
     "evaluating": False,
     "format": FORMAT,
 }
-_ANNOTATIONS = {"params", "param_names", "notes", "name", "initial_lr"}
+COUNTERS = ("steps", "gradient_evaluations", "evaluating")  # of the optimizer, not of whoever brings the group
+# What else may stand in a group: notes of param_groups, and what torch's schedulers write there.
+_ANNOTATIONS = {"params", "param_names", "notes", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
+_ANNOTATIONS |= {"max_momentum", "base_momentum"}
 SHARED = ("trial", "trial_every")  # one value for the whole optimizer
 
 
@@ -54,6 +58,10 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
         if parameter.is_meta:
             raise ValueError(
                 f"{owner}: '{name}' is on the meta device and holds no values; materialize the model first."
+            )
+        if grid is None and torch.tensor(group["eps"], dtype=parameter.dtype) == 0:
+            raise ValueError(
+                f"{owner}(eps={group['eps']}): is 0 in {parameter.dtype}, the dtype of '{name}'; expected a larger eps."
             )
         if grid is not None:
             row_shape(parameter.shape, group["granularity"], f"{owner}: '{name}' ")
