@@ -19,7 +19,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/step.py --out docs/results/step.json
+	$(BIN)/python benchmarks/step.py --out docs/results
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -9,6 +9,7 @@ optimum has the largest S1^2/S2 among the levels that rounding at some alpha giv
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ _TIE = 1e-12  # relative difference below which two optima are equal
 _LONG = 2**16  # breakpoints of a row above which the range of alpha is cut before they are sorted
 _DIRECT = 2**20  # breakpoints that are sorted at once
 _BLOCK = 2**16  # entries that are added up at once
+_FEW = 3  # steps that are faster counted than looked up
 _CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones
 
 
@@ -35,7 +37,7 @@ def exact(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
     rows, n = u_RN.shape
     steps = len(grid.magnitudes) - 1
     if steps == 0:  # LAB's closed form
-        return _dot(u_RN, d_RN) / _dot(torch.ones_like(d_RN[:1, :1]).expand_as(d_RN), d_RN)
+        return _dot(u_RN, d_RN) / _total(d_RN)
     if steps > 1 and n * steps > _LONG:
         alphas = [_bracketed(u.double(), d.double(), grid) for u, d in zip(u_RN, d_RN, strict=True)]
         return torch.stack(alphas).view(rows, 1)
@@ -52,23 +54,16 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
 
     Source: Hou and Kwok, ICLR 2018, algorithm 1 and section 3.2 (LAT-a, LAQ).
     """
-    u_RN, d_RN = u_RN.double(), d_RN.double()
-    largest = u_RN.amax(1, keepdim=True)
-    mean_u = (d_RN * u_RN).sum(1, keepdim=True) / d_RN.sum(1, keepdim=True)
+    largest = u_RN.amax(1, keepdim=True).double()
+    mean_u = _dot(u_RN, d_RN) / _total(d_RN)
     mean_level = float(grid.levels.abs().double().mean()) / grid.largest
     alpha = torch.where(start_R1 > 0, start_R1, mean_u / mean_level)
     if grid.has_zero:
         alpha = torch.where(largest < alpha * _mids(grid)[0], largest, alpha)
     alpha = torch.where(largest > 0, alpha, 0.0)
-    magnitudes = _magnitudes(grid).to(u_RN)
     moving = largest > 0
     for _ in range(MAX_ROUNDS):
-        b = magnitudes[outward_steps(u_RN, alpha.to(u_RN.dtype), grid, unit=grid.largest)]
-        db = d_RN * b
-        s1, s2 = (
-            (db * u_RN).sum(1, keepdim=True),
-            (db * b).sum(1, keepdim=True),
-        )
+        s1, s2 = _sums_at(u_RN, d_RN, alpha, grid)
         new = torch.where(moving, s1 / s2, alpha)
         moving = (new - alpha).abs() > TOLERANCE * alpha
         alpha = new
@@ -82,9 +77,14 @@ def outward_steps(u_RN: Tensor, scale: Tensor, grid: Grid, *, unit: float) -> Te
 
     ``scale`` broadcasts over u, in its dtype: alpha with ``unit = grid.largest``, or alpha / largest with ``unit = 1``.
     """
-    mids = (_mids(grid) * (grid.largest / unit)).to(u_RN)
+    mids = _mids(grid) * (grid.largest / unit)
     ratio = u_RN / torch.where(scale > 0, scale, torch.inf)
-    return torch.bucketize(ratio, mids, right=True, out_int32=True)
+    if len(mids) <= _FEW:
+        steps = torch.zeros_like(ratio, dtype=torch.int32)
+        for mid in mids.to(ratio.dtype).tolist():
+            steps += ratio >= mid
+        return steps
+    return torch.bucketize(ratio, mids.to(ratio), right=True, out_int32=True)
 
 
 def _direct(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
@@ -206,14 +206,36 @@ def _better(one: tuple[float, Tensor], other: tuple[float, Tensor]) -> tuple[flo
 
 
 def _dot(a_RN: Tensor, b_RN: Tensor) -> Tensor:
-    """The sums of a*b over the rows, (R, 1), in float64; block by block, so that the wide copies stay in the cache."""
-    rows = max(1, _BLOCK // max(1, a_RN.shape[1]))
-    sums = []
-    for a, b in zip(torch.split(a_RN, rows), torch.split(b_RN, rows), strict=True):
-        columns = zip(torch.split(a, _BLOCK, dim=1), torch.split(b, _BLOCK, dim=1), strict=True)
-        parts = [(x.double() * y.double()).sum(1, keepdim=True) for x, y in columns]
-        sums.append(torch.stack(parts).sum(0))
-    return torch.cat(sums)
+    """The sums of a*b over the rows: float64, (R, 1)."""
+    return _add_up(lambda a, b: (a * b).sum(1, keepdim=True), a_RN, b_RN)
+
+
+def _total(d_RN: Tensor) -> Tensor:
+    """The sums over the rows: float64, (R, 1)."""
+    return _add_up(lambda d: d.sum(1, keepdim=True), d_RN)
+
+
+def _sums_at(u_RN: Tensor, d_RN: Tensor, alpha_R1: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """S1 and S2, (R, 1), for the levels nearest at alpha."""
+    magnitudes = _magnitudes(grid).to(u_RN.device)
+
+    def sums(u: Tensor, d: Tensor, alpha: Tensor) -> Tensor:
+        b = magnitudes[outward_steps(u, alpha, grid, unit=grid.largest)]
+        db = d * b
+        return torch.stack([(db * u).sum(1), (db * b).sum(1)], dim=1)
+
+    both = _add_up(sums, u_RN, d_RN, alpha_R1.expand_as(u_RN))
+    return both[:, :1], both[:, 1:]
+
+
+def _add_up(sums: Callable[..., Tensor], *tensors_RN: Tensor) -> Tensor:
+    """Sums over the rows, (R, ..), of functions of entries, in float64: block by block, so that wide copies stay in cache."""
+    rows = max(1, _BLOCK // max(1, tensors_RN[0].shape[1]))
+    found = []
+    for some_rows in zip(*(torch.split(t, rows) for t in tensors_RN), strict=True):
+        blocks = zip(*(torch.split(t, _BLOCK, dim=1) for t in some_rows), strict=True)
+        found.append(torch.stack([sums(*(t.double() for t in block)) for block in blocks]).sum(0))
+    return torch.cat(found)
 
 
 def _first_best(values: Tensor) -> Tensor:
