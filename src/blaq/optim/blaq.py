@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from blaq.optim import held, update
 from blaq.optim.base import LatentOptimizer
+from blaq.optim.finite import Entry, all_usable, refuse_sparse
 from blaq.optim.trial import Snapshot
 
 Closure = Callable[[], Any]
@@ -341,51 +342,17 @@ class BLAQ(LatentOptimizer):
 
     def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
-        entries = list(self._with_gradients())
-        for _, p, grad, _ in entries:
-            if grad.is_sparse:
-                raise ValueError(
-                    f"{self._owner}: '{self._name(p)}' has a sparse gradient; use sparse=False in its layer."
-                )
+        entries = [Entry(p, grad, state.get("latent")) for _, p, grad, state in self._with_gradients()]
+        refuse_sparse(self._owner, entries, self._name)
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler.step() sets it around its call
         if scaler is not None:
             scaler.unscale_(view)
         elif found_inf is not None:
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             if grad_scale is not None and not found_inf.item():
-                for _, _, grad, _ in entries:
-                    grad.div_(grad_scale)
-        bad = self._too_large([(p, grad) for _, p, grad, _ in entries])
-        if (
-            bad
-            and (scaler is not None or found_inf is not None)
-            and any(not grad.isfinite().all() for _, _, grad, _ in entries)
-        ):
-            return False
-        self._refuse(bad, "the gradient")
-        self._refuse(
-            self._too_large([(p, state["latent"]) for _, p, _, state in entries if "latent" in state]),
-            "the latent weight",
-        )
-        return True
-
-    @staticmethod
-    def _too_large(tensors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The parameters whose tensor would spoil the moments: NaN, Inf, or too large to square. One synchronisation."""
-        finite = [
-            torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).isfinite()
-            for _, t in tensors
-        ]
-        if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
-            return []
-        return [p for (p, _), good in zip(tensors, finite, strict=True) if not good]
-
-    def _refuse(self, bad: list[Tensor], what: str) -> None:
-        if bad:
-            raise ValueError(
-                f"{self._owner}: {what} of {', '.join(repr(self._name(p)) for p in bad)} is NaN, Inf or too large to square; "
-                "nothing was changed. Lower the learning rate, clip the gradient in the closure, or look at the batch."
-            )
+                for entry in entries:
+                    entry.grad.div_(grad_scale)
+        return all_usable(self._owner, entries, self._name, scaled=scaler is not None or found_inf is not None)
 
     def _check_call(self, closure: Closure | None, scaler: GradScaler | None, two: bool) -> None:
         self._check_idle("step")
