@@ -110,7 +110,8 @@ def solve_scale(w_RN: Tensor, d_RN: Tensor | None, grid: Grid, solver: str, star
 
 def nearest_levels(w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     """The level nearest to every ``w / scale``: integers in the dtype of w, (R, N). A tie goes outward; sign(0) is +1."""
-    sign = torch.copysign(torch.ones((), dtype=w_RN.dtype, device=w_RN.device), w_RN + 0.0)  # -0.0 + 0.0 is +0.0
+    sign = w_RN + 0.0  # -0.0 becomes +0.0
+    torch.copysign(torch.ones((), dtype=w_RN.dtype, device=w_RN.device), sign, out=sign)
     if len(grid.magnitudes) == 1:
         return sign
     scale = _entry_scale(w_RN, scale_RS, grid).to(w_RN.dtype)

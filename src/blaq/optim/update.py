@@ -28,7 +28,7 @@ def curvature(v: Tensor, t: int, group: Group) -> Tensor:
     if t == 0:
         return torch.ones_like(v)
     correction: float = (1 - group["betas"][1] ** t) ** 0.5
-    return (v.sqrt() / correction).add_(group["eps"])
+    return v.sqrt().div_(correction).add_(group["eps"])
 
 
 def descend(w: Tensor, m: Tensor, d: Tensor, t: int, group: Group) -> None:
