@@ -338,7 +338,7 @@ class BLAQ(LatentOptimizer):
         """Whether the step under way is at its trial point: mute logging and counting there."""
         return self._pending is not None
 
-    # --- helpers ------------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------------
 
     def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
