@@ -20,6 +20,7 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py --out docs/results
+	$(BIN)/python benchmarks/packing.py --out docs/results
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

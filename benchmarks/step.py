@@ -1,7 +1,8 @@
-"""The time of one LAQ step against torch's AdamW, side by side: `python benchmarks/step.py --out docs/results`.
+"""The time of one step against torch's AdamW, side by side: `python benchmarks/step.py --out docs/results`.
 
-Each pair times AdamW and LAQ in turn on equal parameters and gradients; a ratio is the median over the pairs. Times are
-CPU time of the process where it has one thread, else wall time. Nothing here is a test: numbers are recorded, not gated.
+Each pair times AdamW and a step of blaq in turn on equal parameters and gradients; a ratio is the median over the pairs.
+Steps of `trial="fresh"` are both halves together, without the forward and backward passes between them. Nothing here is a
+test: numbers are recorded, not gated.
 """
 
 import argparse
@@ -9,82 +10,155 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import blaq
+from blaq.tasks.models import build_model
 
-GRIDS = ["binary", "ternary", "ternary2", "linear3", "linear4", "linear8", "log3", "log4", "midrise2", "midrise4"]
-SOLVERS = ["exact", "alternating"]
-PEERS = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+GRIDS = ["ternary", "ternary2", "linear3", "linear4", "log3", "midrise2"]
+COLUMNS = 4096
+
+
+class Case(NamedTuple):
+    """What is timed; `target` is the ratio we want."""
+
+    grid: str
+    solver: str
+    granularity: str | int
+    trial: str
+    target: float
+
+
+CASES = [
+    Case("binary", "alternating", "tensor", "none", 2.0),  # one alternation is the closed form, as the exact solver is
+    Case("binary", "exact", "tensor", "none", 2.0),
+    *(Case(grid, "alternating", "tensor", "none", 3.0) for grid in GRIDS),
+    *(Case(grid, "exact", "tensor", "none", 10.0 if grid == "ternary" else 25.0) for grid in GRIDS),
+    Case("ternary", "alternating", "channel", "none", 3.9),
+    Case("ternary", "alternating", 64, "none", 3.9),
+    Case("linear4", "alternating", "channel", "none", 3.9),
+    Case("linear4", "alternating", 64, "none", 3.9),
+    Case("binary", "alternating", "tensor", "fresh", 4.4),
+    Case("ternary", "alternating", "tensor", "fresh", 6.6),
+    Case("linear4", "alternating", "tensor", "fresh", 6.6),
+]
 
 
 def parameter(weights: int) -> torch.nn.Parameter:
     """A matrix with a gradient, both normal."""
-    p = torch.nn.Parameter(torch.randn(weights // 1000, 1000) * 0.05)
+    p = torch.nn.Parameter(torch.randn(max(weights // COLUMNS, 1), min(COLUMNS, weights)) * 0.05)
     p.grad = torch.randn_like(p) * 0.01
     return p
 
 
-def seconds(step: Callable[[], Any], threads: int) -> float:
+def stepper(parameters: list[torch.nn.Parameter], case: Case, compile: bool | None) -> Callable[[], Any]:
+    """One step of blaq on parameters that have gradients."""
+    quantized = [p for p in parameters if p.ndim > 1]
+    groups: list[dict[str, Any]] = [
+        {"params": quantized, "grid": case.grid, "solver": case.solver, "granularity": case.granularity}
+    ]
+    if len(quantized) < len(parameters):
+        groups.append({"params": [p for p in parameters if p.ndim <= 1]})
+    opt = blaq.BLAQ(groups, trial=case.trial, compile=compile)
+    if case.trial == "none":
+        return opt.step
+    gradients = [p.grad for p in parameters]
+
+    def both_halves() -> None:
+        for half in (opt.forward_step, opt.backtrack_step):
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            half()
+
+    return both_halves
+
+
+def seconds(step: Callable[[], Any]) -> float:
     """The time of one call."""
-    clock = time.process_time if threads == 1 else time.perf_counter
-    start = clock()
+    start = time.perf_counter()
     step()
-    return clock() - start
+    return time.perf_counter() - start
 
 
-def ratios(step: Callable[[], Any], peers: dict[str, Callable[[], Any]], pairs: int, threads: int) -> dict[str, Any]:
-    """LAQ's time over each peer's: the median of the pairs, and the range."""
-    for warm in (step, *peers.values()):
-        warm()
-    ours: list[float] = []
-    theirs: dict[str, list[float]] = {name: [] for name in peers}
+def compared(step: Callable[[], Any], peer: Callable[[], Any], pairs: int) -> dict[str, Any]:
+    """The ratio of the times of two calls: the median of the pairs, and their range."""
+    for _ in range(3):  # the first is solved exactly, the second compiles
+        step()
+        peer()
+    ours, theirs = [], []
     for _ in range(pairs):
-        for name, peer in peers.items():
-            theirs[name].append(seconds(peer, threads))
-        ours.append(seconds(step, threads))
-    result: dict[str, Any] = {"milliseconds": round(statistics.median(ours) * 1e3, 2)}
-    for name, times in theirs.items():
-        each = [a / b for a, b in zip(ours, times, strict=True)]
-        result[f"over_{name}"] = round(statistics.median(each), 2)
-        result[f"over_{name}_range"] = [round(min(each), 2), round(max(each), 2)]
-    return result
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--weights", type=int, default=4_000_000)
-    arguments.add_argument("--pairs", type=int, default=9)
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--grids", nargs="*", default=GRIDS)
-    arguments.add_argument("--out", type=Path)
-    options = arguments.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(options.threads)
-    peers = {
-        name: torch.optim.AdamW([parameter(options.weights)], weight_decay=0.0, **flags).step
-        for name, flags in PEERS.items()
+        theirs.append(seconds(peer))
+        ours.append(seconds(step))
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "milliseconds": round(statistics.median(ours) * 1e3, 2),
+        "ratio": round(statistics.median(each), 2),
+        "range": [round(min(each), 2), round(max(each), 2)],
     }
-    rows = []
-    print(f"{'grid':<10} {'solver':<12} {'ms':>9} {'over fused':>11} {'over foreach':>13}")
-    for grid in options.grids:
-        for solver in SOLVERS if grid != "binary" else ["exact"]:  # binary has a closed form: the solvers are one
-            groups = [{"params": [parameter(options.weights)], "grid": grid, "solver": solver}]
-            row = ratios(blaq.LAQ(groups).step, peers, options.pairs, options.threads)
-            rows.append({"grid": grid, "solver": solver, **row})
-            print(
-                f"{grid:<10} {solver:<12} {row['milliseconds']:>9} {row['over_fused']:>11} {row['over_foreach']:>13}",
-                flush=True,
-            )
+
+
+def large_tensor(weights: int, pairs: int, cases: list[Case]) -> Iterator[dict[str, Any]]:
+    """One large tensor against the fused AdamW."""
+    peer = torch.optim.AdamW([parameter(weights)], fused=True).step
+    for case in cases:
+        yield {**case._asdict(), **compared(stepper([parameter(weights)], case, None), peer, pairs)}
+
+
+def many_tensors(pairs: int) -> dict[str, Any]:
+    """ResNet-56, some 60 quantized tensors, against AdamW(foreach=True)."""
+    copies = []
+    for _ in range(2):
+        parameters = list(build_model("resnet56").parameters())
+        for p in parameters:
+            p.grad = torch.randn_like(p) * 0.01
+        copies.append(parameters)
+    case = Case("ternary", "alternating", "tensor", "none", 3.0)
+    return {
+        **case._asdict(),
+        **compared(stepper(copies[0], case, None), torch.optim.AdamW(copies[1], foreach=True).step, pairs),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write step.json and step.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=int, nargs="*", default=[4_194_304])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    tables = []
+    before = torch.get_num_threads()
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for weights in options.weights:
+            print(f"{weights:,} weights, {threads} threads, over AdamW(fused=True)")
+            rows = []
+            for row in large_tensor(weights, options.pairs, CASES):
+                rows.append(row)
+                print(line(row), flush=True)
+            tables.append({"weights": weights, "threads": threads, "peer": "fused", "rows": rows})
+        row = many_tensors(options.pairs)
+        print(f"ResNet-56, {threads} threads, over AdamW(foreach=True)\n{line(row)}", flush=True)
+        tables.append({"weights": "ResNet-56", "threads": threads, "peer": "foreach", "rows": [row]})
+    torch.set_num_threads(before)
     if options.out:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
         machine = {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
-        setting = {key: getattr(options, key) for key in ("weights", "pairs", "threads")}
-        write({"versions": versions, "machine": machine, **setting, "steps": rows}, options.out)
+        write({"versions": versions, "machine": machine, "pairs": options.pairs, "tables": tables}, options.out)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
+    return (
+        f"{row['grid']:<9} {row['solver']:<12} {row['granularity']!s:<8} {row['trial']:<6} {row['milliseconds']:>9.2f} ms "
+        f"{row['ratio']:>7.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f}), target {row['target']:g}"
+    )
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
@@ -95,27 +169,29 @@ def write(report: dict[str, Any], folder: Path) -> None:
     lines = [
         "# The cost of a step",
         "",
-        f"One step of LAQ on {report['weights']:,} float32 weights in one tensor, over one step of `torch.optim.AdamW` on the",
-        f"same: median of {report['pairs']} pairs taken in turn, and their range; {report['threads']} thread. A BLAQ step with",
-        "its trial projects twice. Repeat with `make bench`.",
+        f"One step over one step of AdamW on the same weights: median of {report['pairs']} pairs taken in turn, and the",
+        "range. `fresh` is both halves of BLAQ's step together, without the passes of the network. Repeat with `make bench`.",
         "",
         f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}.",
-        "",
-        "| grid | solver | ms | over AdamW(fused=True) | over AdamW(foreach=True) |",
-        "|---|---|---:|---:|---:|",
     ]
-    for row in report["steps"]:
-        fused, foreach = (
-            f"{row[f'over_{peer}']:.1f} ({row[f'over_{peer}_range'][0]:.1f} to {row[f'over_{peer}_range'][1]:.1f})"
-            for peer in PEERS
+    for table in report["tables"]:
+        weights = (
+            f"{table['weights']:,} float32 weights in one tensor" if table["peer"] == "fused" else table["weights"]
         )
-        lines.append(f"| {row['grid']} | {row['solver']} | {row['milliseconds']:.0f} | {fused} | {foreach} |")
-    lines += [
-        "",
-        "The step is plain PyTorch in float64 where sums are taken, without a compiled kernel. Binary has a closed form; the",
-        "exact solver sorts all magnitudes at every step. In training the step stands beside a forward and backward pass,",
-        "which in a convolutional network cost many times more than it.",
-    ]
+        lines += [
+            "",
+            f"## {weights}, {table['threads']} thread{'s' if table['threads'] > 1 else ''}, over AdamW({table['peer']}=True)",
+            "",
+            "| grid | solver | scale for each | trial | ms | ratio | target | |",
+            "|---|---|---|---|---:|---:|---:|---|",
+        ]
+        for row in table["rows"]:
+            ratio = f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
+            met = "" if row["ratio"] <= row["target"] else "missed"
+            lines.append(
+                f"| {row['grid']} | {row['solver']} | {row['granularity']} | {row['trial']} | {row['milliseconds']:.1f} "
+                f"| {ratio} | {row['target']:g} | {met} |"
+            )
     (folder / "step.md").write_text("\n".join(lines) + "\n")
 
 

@@ -72,28 +72,41 @@ def test_resuming_a_finished_run_shows_its_result(folder: Path) -> None:
 
 
 def test_compare_and_repeat(folder: Path) -> None:
-    command = ("compare", "tiny.toml", "--methods", "laq,blaq", "--seeds", "2", "--out", "out")
+    command = ("compare", "tiny.toml", "--methods", "laq,blaq", "--seeds", "2", "--workers", "1", "--out", "out")
     compared = blaq(*command)
     assert compared.exit_code == 0, compared.output
     assert {path.name for path in Path("out").iterdir()} == {
-        "laq-s5", "laq-s6", "blaq-s5", "blaq-s6", "results.csv", "results.json", "results.md",
+        "runs", "comparison.json", "recipe.toml", "results.csv", "results.json", "results.md",
     }  # fmt: skip
-    assert "Look at test error: blaq" in compared.stdout
-    before = Path("out/blaq-s6/metrics.jsonl").stat().st_mtime_ns
+    assert {path.name for path in Path("out/runs").iterdir()} == {"laq-b3-s5", "laq-b3-s6", "blaq-b3-s5", "blaq-b3-s6"}
+    assert "Look at test error: laq has" in compared.stdout
+    before = Path("out/runs/blaq-b3-s6/metrics.jsonl").stat().st_mtime_ns
     repeated = blaq(*command)
-    assert Path("out/blaq-s6/metrics.jsonl").stat().st_mtime_ns == before
+    assert Path("out/runs/blaq-b3-s6/metrics.jsonl").stat().st_mtime_ns == before
     assert repeated.stdout == compared.stdout
 
 
 def test_a_failing_run_leaves_the_others(folder: Path) -> None:
-    Path("out/laq-s5").mkdir(parents=True)
-    Path("out/laq-s5/notes.txt").touch()
+    Path("out/runs/laq-b3-s5").mkdir(parents=True)
+    Path("out/runs/laq-b3-s5/notes.txt").touch()
     compared = blaq("compare", "tiny.toml", "--methods", "laq,float", "--seeds", "2", "--out", "out")
     assert compared.exit_code == 1
-    assert "laq-s5 (1/4): failed: train(out='out/laq-s5'): expected a new or empty directory" in compared.stdout
-    assert compared.stderr == "Failed: laq-s5\n"
-    rows = json.loads(Path("out/results.json").read_text())
+    refused = "laq-b3-s5 (1/4): failed: train(out='out/runs/laq-b3-s5'): expected a new or empty directory"
+    assert refused in compared.stdout
+    assert compared.stderr == "Failed: laq-b3-s5\n"
+    content = json.loads(Path("out/results.json").read_text())
+    assert refused.partition("failed: ")[2] in content["failures"]["laq-b3-s5"]
+    rows = content["runs"]
     assert [(row["method"], row["seed"]) for row in rows] == [("laq", 6), ("float", 5), ("float", 6)]
+
+
+def test_ablate_runs_the_grid(folder: Path) -> None:
+    train = ("--set", "train.epochs=1", "--seeds", "1")
+    ablated = blaq("ablate", "tiny.toml", "--set", "optim.a=0.9:1:0.1", *train)
+    assert ablated.exit_code == 0, ablated.output
+    assert {path.name for path in Path("runs/tiny-ablate/runs").iterdir()} == {"a0.9-s5", "a1-s5"}
+    assert "the lowest validation error has a=" in ablated.stdout
+    assert json.loads(Path("runs/tiny-ablate/comparison.json").read_text())["sets"] == {"optim.a": ["0.9", "1"]}
 
 
 def test_list_names_everything(folder: Path) -> None:
@@ -115,7 +128,17 @@ def test_list_names_everything(folder: Path) -> None:
             ("compare", "tiny.toml", "--methods", "laq,laq"),
             "compare(methods='laq,laq'): expected at least one, each once.",
         ),
-        (("compare", "tiny.toml", "--set", "train.seed=3"), "use --methods and --seeds"),
+        (("compare", "tiny.toml", "--set", "train.seed=3"), "a comparison sets this itself; use --seeds"),
+        (("compare", "tiny.toml", "--set", "optim={bits=2}"), "a comparison sets this itself; use --methods"),
+        (("compare", "tiny.toml", "--bits", "1,2", "--set", "optim.bits=3"), "use --bits"),
+        (("compare", "tiny.toml", "--lr", "0.1", "--set", "optim.lr=0.3"), "use --lr"),
+        (("compare", "tiny.toml", "--lr", "0.1,low"), "--lr low: expected numbers separated by commas."),
+        (("compare", "tiny.toml", "--bits", "1,ternery"), "ternary"),
+        (("ablate", "tiny.toml", "--set", "train.seed=3,4"), "a comparison sets this itself; use --seeds"),
+        (("ablate", "tiny.toml", "--set", "optim.a=0.5"), "expected several values of some setting"),
+        (("ablate", "tiny.toml", "--set", "optim.a=0.5,1", "--set", "optim.a=0"), "each setting once"),
+        (("ablate", "tiny.toml", "--set", "optim.a=0:1:0.3"), "expected a stop that whole steps reach"),
+        (("ablate", "tiny.toml", "--set", "optim.aa=0.5,0.7"), "did you mean optim.a?"),
     ],
 )
 def test_errors_are_one_line_on_standard_error(arguments: tuple[str, ...], message: str, folder: Path) -> None:
@@ -131,7 +154,11 @@ def test_errors_are_one_line_on_standard_error(arguments: tuple[str, ...], messa
     ("command", "target", "message"),
     [
         ("train", "blaq.train.run.train", "Interrupted before the first step.\n"),
-        ("compare", "blaq.train.compare.train", "Interrupted. The same command continues; finished runs are kept.\n"),
+        (
+            "compare",
+            "blaq.train.sweep.Sweeper.run",
+            "Interrupted. The same command continues; finished runs are kept.\n",
+        ),
         ("eval", "blaq.train.run.evaluate", "Interrupted.\n"),
     ],
 )
@@ -170,7 +197,8 @@ def test_a_missing_extra_says_what_to_install(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)  # importing it fails as if it were not there
-    monkeypatch.delitem(sys.modules, importer)
+    for name in [name for name in sys.modules if name.partition(importer)[:2] == ("", importer)]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "argv", ["blaq", *command.split()])
     with pytest.raises(SystemExit) as exit_:
         main()
@@ -189,5 +217,5 @@ def test_python_m_blaq_and_what_import_blaq_brings_along() -> None:
     assert (helped.returncode, helped.stderr) == (0, "")
     imported, *usage = helped.stdout.splitlines()
     assert imported == "[]"
-    for command in ("train", "eval", "compare", "list", "inspect"):
+    for command in ("train", "eval", "compare", "ablate", "list", "inspect"):
         assert any(command in line for line in usage)

@@ -23,15 +23,19 @@ RESULTS = {"Plan", "Quantized"}  # results of functions whose example shows them
 MAY_IMPORT: dict[str, set[str]] = {
     "grids": set(),
     "solvers": {"grids"},
-    "projection": {"grids", "solvers"},
-    "optim": {"grids", "projection"},
+    "exact": {"grids", "solvers"},
+    "projection": {"grids", "solvers", "exact"},
+    "optim": {"grids", "solvers", "exact", "projection"},
     "tasks": set(),
-    "train": {"grids", "projection", "optim", "tasks", "__init__"},
-    "cli": {"grids", "projection", "optim", "tasks", "train"},
+    "zigzag": {"grids", "projection", "optim"},
+    "train": {"grids", "projection", "optim", "tasks", "zigzag", "__init__"},
+    "export": {"grids", "projection", "optim", "tasks", "train", "__init__"},
+    "report": {"grids", "optim", "tasks", "train", "__init__"},
+    "cli": {"grids", "projection", "optim", "tasks", "train", "export", "report"},
     "__main__": {"cli"},
-    "__init__": {"grids", "projection", "optim"},
+    "__init__": {"grids", "projection", "optim"},  # and "export" on first use of its names
 }
-TORCH_ALONE = ("grids", "solvers", "projection", "optim", "__init__")
+TORCH_ALONE = ("grids", "solvers", "exact", "projection", "optim", "zigzag", "__init__")
 
 
 def module_name(path: Path) -> str:
@@ -47,8 +51,17 @@ MODULES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for pa
 
 
 def imported(module: str) -> Iterator[str]:
-    """The modules that a module imports, wherever the statement stands."""
+    """The modules that a module imports, wherever the statement stands; not those that only a type checker reads."""
+    unread = {
+        inner
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
     for node in ast.walk(MODULES[module]):
+        if node in unread:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -76,7 +89,7 @@ def test_import_loads_torch_and_nothing_else() -> None:
     assert "blaq.optim.blaq" in added
     foreign = {name.partition(".")[0] for name in added} - set(sys.stdlib_module_names) - {"blaq", "torch"}
     assert foreign == set()
-    assert [name for name in added if name.startswith(("blaq.tasks", "blaq.train", "blaq.cli"))] == []
+    assert [name for name in added if name.startswith(("blaq.tasks", "blaq.train", "blaq.export", "blaq.cli"))] == []
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if part_of(name) in TORCH_ALONE])
@@ -107,8 +120,21 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 def test_all_is_what_can_be_imported() -> None:
     assert sorted(set(blaq.__all__)) == sorted(blaq.__all__)
     assert {"Grid", "project", "param_groups", "plan", "BLAQ", "LAQ"} <= set(blaq.__all__)
-    public = {name for name, value in vars(blaq).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    assert public == set(blaq.__all__)
+    source = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assigned = {alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert assigned - {"Any", "TYPE_CHECKING", "import_module"} == set(blaq.__all__)
+    assert set(blaq.__all__) <= set(dir(blaq))
+
+
+def test_export_is_imported_on_first_use() -> None:
+    code = (
+        "import sys, blaq; assert not any(name.startswith('blaq.export') for name in sys.modules)\n"
+        "blaq.save_packed, blaq.load_packed; assert 'blaq.export.packed' in sys.modules\n"
+        "assert 'safetensors' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    with pytest.raises(AttributeError, match="module 'blaq' has no attribute 'nothing'"):
+        _ = blaq.nothing
 
 
 @pytest.mark.parametrize("name", blaq.__all__)

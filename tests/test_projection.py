@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blaq
-from blaq import solvers
+from blaq import exact as exact_solver
 from blaq.grids import GRIDS
 from blaq.optim import reference
 
@@ -228,7 +228,8 @@ def test_the_search_for_long_rows_equals_the_sort_for_short_ones(name: str, monk
         w, d = random_weights(3000, seed=seed)
         by_sorting = blaq.project(w, d, grid)
         with monkeypatch.context() as few_breakpoints:
-            few_breakpoints.setattr(solvers, "_DIRECT", 64)
+            few_breakpoints.setattr(exact_solver, "_DIRECT", 64)
+            few_breakpoints.setattr(exact_solver, "_LONG", 64)
             by_search = blaq.project(w, d, grid)
         least, reached = (
             least_error(grid, grid.levels[q.codes.long()].double(), w, d) for q in (by_sorting, by_search)
@@ -660,3 +661,29 @@ def test_errors_name_the_value_and_the_way_out(case: str) -> None:
     wrong, message = ERRORS[case]
     with pytest.raises(ValueError, match=message):
         blaq.project(**{**FINE, **wrong})
+
+
+# --- ten million weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "one bin", "ties"])
+def test_ternary_is_solved_exactly_for_ten_million_weights(kind: str) -> None:
+    """Against a full sort of the magnitudes: the largest S1^2 / S2 over all prefixes."""
+    n = 10_000_000
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(n, generator=generator)
+    if kind == "heavy tails":
+        w = w**7
+    elif kind == "one bin":
+        w = w.sign() * (1 + 1e-5 * torch.rand(n, generator=generator))
+    elif kind == "ties":
+        w = (w * 4).round() / 4
+    d = torch.rand(n, generator=generator) + 0.01
+    u, order = w.abs().double().sort(descending=True)
+    weights = d.double()[order]
+    s1, s2 = (weights * u).cumsum(0), weights.cumsum(0)
+    best = float((s1.square() / s2).max())
+    alpha = float(exact_solver.exact(w.abs().view(1, -1), d.view(1, -1), blaq.Grid.parse("ternary")))
+    taken = int((u >= alpha / 2).sum())
+    assert float(s1[taken - 1].square() / s2[taken - 1]) >= best * (1 - 1e-12)
+    assert alpha == pytest.approx(float(s1[taken - 1] / s2[taken - 1]), rel=1e-5)  # the largest of equals

@@ -8,6 +8,7 @@ and Kwok, ICLR 2018), and the mid-rise grids.
 import difflib
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,6 +91,12 @@ class Grid:
     def has_zero(self) -> bool:
         """Whether zero is a level."""
         return self.magnitudes[0] == 0
+
+    @property
+    def spacing(self) -> float | None:
+        """How far apart neighbouring magnitudes are, where all are equally far and three or more: else None."""
+        steps = {outer - inner for inner, outer in pairwise(self.magnitudes)}
+        return float(steps.pop()) if len(steps) == 1 and len(self.magnitudes) > 2 else None
 
     @property
     def largest(self) -> float:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blaq.exact import exact
 from blaq.grids import Grid
-from blaq.solvers import alternating, exact, outward_steps
+from blaq.solvers import alternating, nearest
 
 GRANULARITIES = ("tensor", "channel")
 SOLVERS = ("exact", "alternating")
@@ -96,28 +97,25 @@ def solve_scale(w_RN: Tensor, d_RN: Tensor | None, grid: Grid, solver: str, star
     d_RN = torch.ones_like(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)
     if grid.two_scales:
         # Either sign is a problem of its own in which the entries of the other sign have no weight.
-        u = torch.stack([(-w_RN).clamp(min=0), w_RN.clamp(min=0)], dim=1).flatten(0, 1)
-        d = torch.stack([d_RN * (w_RN < 0), d_RN * (w_RN >= 0)], dim=1).flatten(0, 1)
+        below = w_RN < 0
+        u, d = (
+            torch.stack([torch.where(side, t, 0.0) for side in (below, ~below)], dim=1).flatten(0, 1)
+            for t in (w_RN.abs(), d_RN)
+        )
     else:
         u, d = w_RN.abs(), d_RN
     if solver == "exact":
-        alpha = exact(u, d, grid)
+        scale = exact(u, d, grid) / grid.largest
     else:
         start = torch.zeros(u.shape[0], 1, device=u.device) if start_RS is None else start_RS.reshape(-1, 1)
-        alpha = alternating(u, d, grid, start.to(u.device).double() * grid.largest)
-    return (alpha / grid.largest).float().view(w_RN.shape[0], grid.scales)
+        scale = alternating(u, d, grid, start.to(u.device).double())
+    return scale.float().view(w_RN.shape[0], grid.scales)
 
 
 def nearest_levels(w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     """The level nearest to every ``w / scale``: integers in the dtype of w, (R, N). A tie goes outward; sign(0) is +1."""
-    sign = w_RN + 0.0  # -0.0 becomes +0.0
-    torch.copysign(torch.ones((), dtype=w_RN.dtype, device=w_RN.device), sign, out=sign)
-    if len(grid.magnitudes) == 1:
-        return sign
-    scale = _entry_scale(w_RN, scale_RS, grid).to(w_RN.dtype)
-    steps = outward_steps(w_RN.abs(), scale, grid, unit=1.0)
-    magnitudes = torch.tensor(grid.magnitudes, dtype=w_RN.dtype, device=w_RN.device)
-    return sign * magnitudes[steps] + 0.0  # no -0.0: as many values as levels, also bit by bit
+    magnitude = nearest(w_RN.abs(), _entry_scale(w_RN, scale_RS, grid).to(w_RN.dtype), grid)
+    return torch.where(w_RN < 0, -magnitude, magnitude) + 0.0  # no -0.0: as many values as levels, also bit by bit
 
 
 def dequantize(levels_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:

@@ -14,7 +14,7 @@ import blaq
 Check = Callable[..., None]
 NewTask = Callable[..., Any]
 
-in_every_mode = pytest.mark.parametrize("mode", ["fresh", "past", "none"])
+in_every_mode = pytest.mark.parametrize("mode", ["fresh", "past", "delayed", "none"])
 
 
 def new_scaler(scale: float = 2.0**10, **options: Any) -> GradScaler:
@@ -46,10 +46,10 @@ def test_scaled_training_equals_unscaled(options: dict[str, Any], new_task: NewT
     assert_identical(expected, task.everything())
 
 
-@pytest.mark.parametrize("when", ["first", "second", "past", "none"])
+@pytest.mark.parametrize("when", ["first", "second", "past", "delayed", "none"])
 def test_an_overflow_skips_the_step(when: str, new_task: NewTask, assert_identical: Check) -> None:
     """Nothing moves but what any forward pass moves: BatchNorm's statistics and the random numbers, once."""
-    options = {"trial": when if when in ("past", "none") else "fresh"}
+    options = {"trial": when if when in ("past", "delayed", "none") else "fresh"}
     expected = new_task(**options).train(range(3))
     expected.loss(3)
     task, scaler, calls = new_task(**options).train(range(3)), new_scaler(), []

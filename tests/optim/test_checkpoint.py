@@ -20,6 +20,7 @@ MODES: dict[str, dict[str, Any]] = {
     "fresh": {"trial": "fresh"},
     "fresh every 3rd": {"trial": "fresh", "trial_every": 3},
     "past": {"trial": "past"},
+    "delayed": {"trial": "delayed"},
     "past in eval": {"trial": "past"},
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

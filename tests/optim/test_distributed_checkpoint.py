@@ -24,6 +24,7 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {"trial": "none"},
     "fresh": {"trial": "fresh"},
     "past": {"trial": "past"},
+    "delayed": {"trial": "delayed"},
 }
 Check = Callable[..., None]
 Everything = Callable[[blaq.BLAQ], dict[str, Any]]
@@ -99,7 +100,8 @@ def test_resuming_is_bit_exact(
     assert_identical(everything(opt2), everything(whole[1]))
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.6's own call
 @pytest.mark.parametrize("mode", MODES)
 def test_through_files(mode: str, tmp_path: Path, everything: Everything, assert_identical: Check) -> None:
     """DCP fills the state that the new optimizer already has: a key that it lacks would stay behind in the file."""
@@ -152,6 +154,9 @@ def test_flattened_state_of_another_mode_is_refused(flip: str, everything: Every
             optimizer.eval()
     state = get_optimizer_state_dict(model, opt, options=options)
     before = everything(opt2)
-    with pytest.raises(ValueError, match=r"BLAQ\.load_state_dict\(\): .*'0\.weight'"):
+    # torch 2.6 refuses a missing key itself.
+    with pytest.raises(
+        (ValueError, KeyError), match=r"BLAQ\.load_state_dict\(\): .*'0\.weight'|'state\.0\.weight\.trial"
+    ):
         set_optimizer_state_dict(model2, opt2, state, options=options)
     assert_identical(everything(opt2), before)

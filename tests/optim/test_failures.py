@@ -15,10 +15,10 @@ NewTask = Callable[..., Any]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
-@pytest.mark.parametrize("when", ["first", "second", "past", "none"])
+@pytest.mark.parametrize("when", ["first", "second", "past", "delayed", "none"])
 def test_a_gradient_that_is_not_finite(when: str, value: float, new_task: NewTask, assert_identical: Check) -> None:
     """1e30 is finite in float32, its square is not: the second moment would be lost."""
-    options = {"trial": when if when in ("past", "none") else "fresh"}
+    options = {"trial": when if when in ("past", "delayed", "none") else "fresh"}
     expected = new_task(**options).train([0, 1, 2, 4, 5]).everything()
     task = new_task(**options).train([0, 1, 2])
     before = task.everything()
@@ -38,7 +38,7 @@ def test_a_gradient_that_is_not_finite(when: str, value: float, new_task: NewTas
     assert_identical(expected, task.train([4, 5]).everything())  # as if the bad batch had not been
 
 
-@pytest.mark.parametrize("mode", ["none", "past"])
+@pytest.mark.parametrize("mode", ["none", "past", "delayed"])
 def test_a_bad_gradient_without_closure(mode: str, new_task: NewTask, assert_identical: Check) -> None:
     task = new_task(trial=mode).train(range(2))
     task.closure(2)()
@@ -60,11 +60,11 @@ def test_a_parameter_without_a_name_is_told_by_its_place() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("place", ["start", "forward", "end"])
-@pytest.mark.parametrize("when", ["first", "second", "past", "none"])
+@pytest.mark.parametrize("when", ["first", "second", "past", "delayed", "none"])
 def test_a_closure_that_raises(
     when: str, place: str, error: type[BaseException], new_task: NewTask, assert_identical: Check
 ) -> None:
-    options = {"trial": when if when in ("past", "none") else "fresh"}
+    options = {"trial": when if when in ("past", "delayed", "none") else "fresh"}
     expected = new_task(**options).train([0, 1, 2, 4, 5]).everything()
     task = new_task(**options).train([0, 1, 2])
     before = task.everything()

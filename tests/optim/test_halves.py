@@ -135,7 +135,7 @@ def test_halves_out_of_order(new_task: NewTask, assert_identical: Check) -> None
     assert_identical(at_trial, task.everything())
 
 
-@pytest.mark.parametrize("mode", ["past", "none"])
+@pytest.mark.parametrize("mode", ["past", "delayed", "none"])
 def test_halves_need_fresh(mode: str, new_task: NewTask) -> None:
     task = new_task(trial=mode)
     task.closure(0)()

@@ -75,7 +75,7 @@ def test_a_group_may_override(override: dict[str, Any], assert_identical: Check)
     assert not torch.equal(q, without)  # the option matters
 
 
-@pytest.mark.parametrize("mode", ["fresh", "past", "none"])
+@pytest.mark.parametrize("mode", ["fresh", "past", "delayed", "none"])
 def test_a_group_added_later(mode: str, assert_identical: Check) -> None:
     """It starts from scratch: its parameter is quantized at once, its bias correction counts its own steps."""
     opt = blaq.BLAQ([{"params": [parameter(1)], "grid": 2}], lr=0.05, trial=mode)
@@ -94,8 +94,8 @@ def test_a_group_added_later(mode: str, assert_identical: Check) -> None:
     assert counters == {(8, 16 if mode == "fresh" else 8)}
 
 
-@pytest.mark.parametrize("built_as", ["fresh", "past", "none"])
-@pytest.mark.parametrize("now", ["fresh", "past", "none"])
+@pytest.mark.parametrize("built_as", ["fresh", "past", "delayed", "none"])
+@pytest.mark.parametrize("now", ["fresh", "past", "delayed", "none"])
 def test_a_group_added_after_the_mode_was_switched(built_as: str, now: str) -> None:
     every = {"trial_every": 3} if built_as == "fresh" else {}
     opt = blaq.BLAQ([{"params": [parameter(1)], "grid": 2}], trial=built_as, **every)  # type: ignore[arg-type]
@@ -150,7 +150,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"clip": -1.0}, r"BLAQ\(clip=-1.0\)"),
     ({"clip": float("inf")}, r"BLAQ\(clip=inf\)"),
     ({"clip": "1"}, r"BLAQ\(clip='?1'?\)"),
-    ({"trial": "often"}, r"BLAQ\(trial='often'\): expected 'fresh' \(two gradients\), 'past' \(one\) or 'none'"),
+    (
+        {"trial": "often"},
+        r"BLAQ\(trial='often'\): expected 'fresh' \(two gradients\), 'past', 'delayed' \(one\) or 'none'",
+    ),
     ({"trial": None}, r"BLAQ\(trial=None\)"),
     ({"trial_every": 0}, r"BLAQ\(trial_every=0\): expected an int >= 1"),
     ({"trial_every": 2.0}, r"BLAQ\(trial_every=2.0\)"),
@@ -175,7 +178,7 @@ def test_wrong_options(place: str, options: dict[str, Any], message: str) -> Non
     assert len(opt.param_groups) == 1
 
 
-@pytest.mark.parametrize("mode", ["past", "none"])
+@pytest.mark.parametrize("mode", ["past", "delayed", "none"])
 def test_only_fresh_skips_trials(mode: str) -> None:
     message = rf"BLAQ\(trial='{mode}', trial_every=2\): only trial='fresh' skips trials; leave it at 1"
     with pytest.raises(ValueError, match=message):

@@ -16,6 +16,8 @@ MODES = {
     "fresh": {"trial": "fresh"},
     "fresh every 3rd": {"trial": "fresh", "trial_every": 3},
     "past": {"trial": "past"},
+    "delayed": {"trial": "delayed"},
+    "unit curvature": {"trial": "fresh", "curvature": "unit"},
 }
 GRANULARITIES: dict[str, str | int] = {"tensor": "tensor", "channel": "channel", "group": 2}
 SHAPE = (3, 4)
@@ -93,7 +95,7 @@ def run(grid: str, granularity: str | int, solver: str, mode: dict[str, object],
             assert int(opt.state[p]["step"]) == q.step
             if p is weight:
                 assert_same(opt.scale(p), list(itertools.chain.from_iterable(q.scale)), f"{where}, scale")
-            if mode["trial"] == "past":
+            if mode["trial"] in ("past", "delayed"):
                 assert q.trial_grad is not None
                 assert_same(opt.state[p]["trial_grad"], q.trial_grad, f"{where}, trial_grad")
 

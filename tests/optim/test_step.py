@@ -13,7 +13,7 @@ import blaq
 Check = Callable[..., None]
 NewTask = Callable[..., Any]
 
-in_every_mode = pytest.mark.parametrize("mode", ["fresh", "past", "none"])
+in_every_mode = pytest.mark.parametrize("mode", ["fresh", "past", "delayed", "none"])
 
 
 # --- how often, and with what result ---------------------------------------------------------------------------------------
@@ -26,6 +26,7 @@ in_every_mode = pytest.mark.parametrize("mode", ["fresh", "past", "none"])
         ({"trial_every": 3}, [1, 1, 2, 1, 1, 2, 1]),
         ({"trial": "none"}, [1, 1, 1]),
         ({"trial": "past"}, [1, 1, 1]),
+        ({"trial": "delayed"}, [1, 1, 1]),
     ],
     ids=str,
 )
@@ -81,7 +82,7 @@ def test_closure_sees_levels_only_and_the_second_time_those_of_the_trial_point(b
             assert torch.equal(p, blaq.project(look.detach(), d, grid, "channel").values)
 
 
-@pytest.mark.parametrize("mode", ["past", "none"])
+@pytest.mark.parametrize("mode", ["past", "delayed", "none"])
 def test_step_without_closure_equals_step_with_it(mode: str, new_task: NewTask, assert_identical: Check) -> None:
     with_closure = new_task(trial=mode).train(range(6)).everything()
     task = new_task(trial=mode)

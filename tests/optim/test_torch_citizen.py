@@ -20,6 +20,7 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {"trial": "none"},
     "fresh": {"trial": "fresh"},
     "past": {"trial": "past"},
+    "delayed": {"trial": "delayed"},
 }
 Check = Callable[..., None]
 Everything = Callable[[blaq.BLAQ], dict[str, Any]]
@@ -77,6 +78,7 @@ def test_no_scheduler_of_torch_is_left_out() -> None:
     assert set(lr_scheduler.__all__) - set(SCHEDULERS) == {"LRScheduler"}
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # torch 2.6's SequentialLR
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("method", ["BLAQ", "LAQ", "past"])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -273,6 +275,7 @@ def test_averaging_the_weights_does_not_disturb_training(
     assert averaged.module[0].weight.unique().numel() > opt[0][0].weight.unique().numel()  # an average is off the grid
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # torch 2.15 with Python 3.13.0
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_model_is_compiled_once(

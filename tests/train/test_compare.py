@@ -1,19 +1,23 @@
-"""Comparisons: the numbers of the table, and a closing line that claims no more than they say."""
+"""Comparisons: the numbers of the tables, and a closing line that claims no more than they say."""
 
 import csv
 import io
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from blaq.train.compare import Comparison, compare, rich_table
+from blaq.train.compare import Comparison, Design, compare
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from blaq.train.run import Result
+from blaq.train.summary import Measure
+from blaq.train.sweep import Outcome, Run, Sweeper
+from blaq.train.tables import EXPLANATION, cost_columns, quality_columns, rich_tables
 
 RECIPE = Recipe(
     name="tiny",
@@ -23,96 +27,258 @@ RECIPE = Recipe(
     optim=OptimConfig(bits=1, lr=0.01),
     train=TrainConfig(epochs=1, threads=1),
 )
+TEXT = Recipe(
+    name="text",
+    title="characters",
+    data=DataConfig(source="war_and_peace", sequence=100),
+    model=ModelConfig(name="char_lstm"),
+    optim=OptimConfig(),
+    train=TrainConfig(epochs=1),
+)
 VALUES: dict[str, Any] = {
-    "recipe": "tiny", "bits": 1, "epochs": 1, "steps": 100, "gradient_evaluations": 100, "seconds": 2.0,
+    "recipe": "tiny", "epochs": 1, "steps": 100, "gradient_evaluations": 100, "seconds": 2.0,
     "train_loss": 0.1, "train_error": 1.0, "validation_loss": 0.2, "validation_error": 2.0, "best_epoch": 1,
     "test_loss": 0.3, "test_error": 3.0, "test_loss_last": 0.3, "test_error_last": 3.0,
     "parameters": 1000, "bytes": 200, "float_bytes": 4000,
 }  # fmt: skip
 
 
-def results(method: str, errors: list[float], **values: Any) -> tuple[Result, ...]:
-    return tuple(
-        Result(**{**VALUES, "method": method, "seed": seed, "test_error": error, **values})
-        for seed, error in enumerate(errors)
+def runs(
+    method: str,
+    errors: list[float],
+    *,
+    bits: int | str = 1,
+    losses: Sequence[Sequence[float]] = (),
+    first_seed: int = 0,
+    **values: Any,
+) -> tuple[Run, ...]:
+    """Runs with these test errors; `losses` are the training losses of every epoch, 10 steps each."""
+    found = []
+    bits = "float" if method == "float" else bits
+    for number, error in enumerate(errors):
+        seed = first_seed + number
+        result = Result(**{**VALUES, "method": method, "bits": bits, "seed": seed, "test_error": error, **values})
+        metrics = [
+            {"train_loss": loss, "steps": 10 * epoch, "gradient_evaluations": 20 * epoch, "seconds": 0.5 * epoch}
+            for epoch, loss in enumerate(losses[number] if losses else (), start=1)
+        ]
+        settings = {"method": method, "bits": str(bits)}
+        found.append(Run(name=f"{method}-s{seed}", settings=settings, result=result, metrics=metrics))
+    return tuple(found)
+
+
+def comparison(*groups: tuple[Run, ...], recipe: Recipe = RECIPE, **design: Any) -> Comparison:
+    return Comparison(recipe, Design(methods=["laq"], seeds=[0], **design), Outcome(sum(groups, ()), {}))
+
+
+def conclusion(*groups: tuple[Run, ...], recipe: Recipe = RECIPE) -> str:
+    (line,) = comparison(*groups, recipe=recipe).conclusion()
+    return line
+
+
+def test_a_difference_beyond_its_interval_is_called_so() -> None:
+    laq = runs("laq", [2.5, 2.6, 2.7])
+    blaq = runs("blaq", [2.0, 2.12, 2.18], gradient_evaluations=120)
+    past = runs("past", [3.5, 3.62, 3.7])
+    bwn = runs("bwn", [2.4, 2.6, 2.9])
+    # Student's t for three pairs is 4.3027.
+    width = {
+        name: 4.302653 * statistics.stdev(values) / math.sqrt(3)
+        for name, values in {"blaq": [-0.5, -0.48, -0.52], "past": [1.0, 1.02, 1.0], "bwn": [-0.1, 0, 0.2]}.items()
+    }
+    assert conclusion(laq, blaq, past, bwn) == (
+        f"Look at test error: laq has 2.60 ± 0.10 %; ahead of it: blaq by 0.50 ± {width['blaq']:.2f}; behind it: past by "
+        f"1.01 ± {width['past']:.2f}; no difference beyond seed noise shown: bwn (+0.03 ± {width['bwn']:.2f}) [95 % "
+        "intervals, paired t, 3 seeds; equal steps]. blaq took 1.20 times the gradients of laq. Packed weights are 20.0 "
+        "times smaller than float32."
     )
-
-
-def conclusion(*groups: tuple[Result, ...], recipe: Recipe = RECIPE) -> str:
-    return Comparison(recipe, sum(groups, ()), {}).conclusion()
-
-
-def test_a_difference_beyond_the_combined_standard_deviation_is_called_so() -> None:
-    blaq = results("blaq", [2.0, 2.1, 2.2], gradient_evaluations=120)
-    laq = results("laq", [2.5, 2.6, 2.7])
-    noise = math.hypot(statistics.stdev([2.0, 2.1, 2.2]), statistics.stdev([2.5, 2.6, 2.7]))
-    assert conclusion(laq, blaq) == (
-        "Look at test error: blaq 2.10 % against laq 2.60 %, 0.50 lower: beyond seed noise (combined sd "
-        f"{noise:.2f}, 3 seeds); blaq took 1.20 times the gradients of laq, and its packed weights are 20.0 times smaller "
-        "than float32."
-    )
-
-
-def test_a_difference_within_it_is_not_called_more() -> None:
-    line = conclusion(results("blaq", [2.0, 3.0]), results("laq", [2.4, 3.4]))
-    assert "0.40 lower: within seed noise (combined sd 1.00, 2 seeds)" in line
-    assert "0.40 higher: within seed noise" in conclusion(results("blaq", [2.4, 3.4]), results("laq", [2.0, 3.0]))
-    assert "no difference: within seed noise" in conclusion(results("blaq", [2.0, 3.0]), results("laq", [3.0, 2.0]))
 
 
 def test_one_seed_says_nothing_about_noise() -> None:
-    line = conclusion(results("blaq", [1.0]), results("laq", [9.0]))
-    assert "8.00 lower: a single seed cannot tell this from seed noise" in line
-    assert "single seed" in conclusion(results("blaq", [1.0, 1.1]), results("laq", [9.0]))
+    line = conclusion(runs("blaq", [1.0]), runs("laq", [9.0]))
+    assert "ahead" not in line
+    assert "no difference beyond seed noise shown: blaq (-8.00) [a single seed, which cannot tell anything" in line
+    # Two seeds of the one are no two pairs.
+    assert "a single seed" in conclusion(runs("blaq", [1.0, 1.1]), runs("laq", [9.0]))
+    assert "[no seed in common" in conclusion(runs("blaq", [1.0], first_seed=5), runs("laq", [9.0]))
 
 
-def test_the_pair_is_the_one_that_was_run() -> None:
-    assert "laq 2.00 % against float 1.00 %" in conclusion(results("float", [1.0]), results("laq", [2.0]))
-    assert "one method alone" in conclusion(results("laq", [2.0, 2.1]))
+def test_differences_that_are_all_equal_are_no_evidence_of_anything() -> None:
+    line = conclusion(runs("blaq", [1.0, 2.0]), runs("laq", [1.5, 2.5]))
+    assert "ahead" not in line
+    assert "blaq (-0.50) [95 % intervals, paired t, 2 seeds; differences without any spread have no interval" in line
+
+
+def test_the_reference_is_laq_or_what_came_first() -> None:
+    assert "Look at test error: float has 1.00 %" in conclusion(runs("float", [1.0]), runs("blaq", [2.0]))
+    assert "Look at test error: laq has 1.00 %" in conclusion(runs("float", [2.0]), runs("laq", [1.0]))
+    assert conclusion(runs("laq", [2.0, 2.1])) == (
+        "Look at test error: one method alone; run another with the same seeds to compare it with."
+    )
 
 
 def test_text_is_judged_by_its_cross_entropy() -> None:
-    text = Recipe(
-        name="text",
-        title="characters",
-        data=DataConfig(source="war_and_peace", sequence=100),
-        model=ModelConfig(name="char_lstm"),
-        optim=OptimConfig(),
-        train=TrainConfig(epochs=1),
+    line = conclusion(runs("blaq", [9.0], test_loss=1.3), runs("laq", [1.0], test_loss=1.2875), recipe=TEXT)
+    assert line.startswith(
+        "Look at test loss: laq has 1.2875 nats; no difference beyond seed noise shown: blaq (+0.0125)"
     )
-    line = conclusion(results("blaq", [9.0], test_loss=1.3), results("laq", [1.0], test_loss=1.2875), recipe=text)
-    assert line.startswith("Look at test loss: blaq 1.3000 nats against laq 1.2875 nats, 0.0125 higher")
 
 
-def test_the_table_fits_80_columns() -> None:
-    many = results("blaq", [12.25, 13.5, 14.0], gradient_evaluations=1_234_567, seconds=12345.6, bytes=123_456_789)
+def test_a_line_and_a_table_for_each_grid_with_float_in_all() -> None:
+    found = comparison(
+        runs("float", [1.0, 1.2]),
+        runs("laq", [2.0, 2.1], bits=1),
+        runs("laq", [1.5, 1.7], bits="log3"),
+        runs("blaq", [1.9, 2.3], bits=1),
+        runs("blaq", [1.3, 1.6], bits="log3", gradient_evaluations=200),
+    )
+    assert [group.title for group in found.groups] == ["bits 1", "bits log3"]
+    for group in found.groups:
+        assert [setting.name for setting in group.settings] == ["float", "laq", "blaq"]
+    one, other = found.conclusion()
+    assert one.startswith("Look at test error (bits 1): laq has 2.05")
+    assert "the gradients" not in one
+    assert other.startswith("Look at test error (bits log3): laq has 1.60")
+    assert "blaq took 2.00 times the gradients of laq." in other
+    assert found.groups[1].differences("test_error")[2].values == pytest.approx((-0.2, -0.1))  # type: ignore[union-attr]
+
+
+def test_what_a_target_loss_cost() -> None:
+    laq = runs("laq", [1.0, 1.0], losses=[[0.9, 0.5, 0.3], [0.8, 0.4, 0.35]])
+    blaq = runs("blaq", [1.0, 1.0], losses=[[0.5, 0.2, 0.25], [0.4, 0.3, 0.1]])
+    (group,) = comparison(laq, blaq).groups
+    assert group.target_loss == 0.35  # of the lowest losses 0.3, 0.35, 0.2, 0.1 the largest
+    one, other = group.settings
+    assert [one.to_reach(0.35, cost).values for cost in ("steps", "gradient_evaluations", "seconds")] == [  # type: ignore
+        (30, 30), (60, 60), (1.5, 1.5),
+    ]  # fmt: skip
+    assert other.to_reach(0.35, "steps").values == (20, 20)  # type: ignore[union-attr]
+    assert one.to_reach(0.34, "steps") is None  # one of its runs never gets there
+    (asked,) = comparison(laq, blaq, target=0.5).groups
+    assert cost_columns(asked)["steps to 0.5"] == ["20", "10"]
+    assert asked.as_json(Measure.of(RECIPE))["settings"][1]["to_target"] == {
+        "steps": 10, "gradient_evaluations": 20, "seconds": 0.5,
+    }  # fmt: skip
+    (never,) = comparison(laq, blaq, target=0.01).groups
+    assert cost_columns(never)["seconds to 0.01"] == ["-", "-"]
+
+
+def test_costs_are_means_and_the_largest_memory() -> None:
+    old = runs("laq", [1.0], seconds=1.0)
+    new = runs("laq", [1.0], first_seed=1, seconds=2.0, peak_memory=3_000_000)
+    more = runs("laq", [1.0], first_seed=2, seconds=4.5, peak_memory=5_000_000)
+    (group,) = comparison(old, new, more).groups
+    assert group.settings[0].peak_memory() == 5_000_000
+    assert cost_columns(group)["peak memory"] == ["5.0 MB"]
+    assert cost_columns(group)["bits a weight"] == ["1.60"]
+    assert quality_columns(group, Measure.of(RECIPE))["seconds"] == ["2.5"]
+    (unknown,) = comparison(old).groups
+    assert cost_columns(unknown)["peak memory"] == ["-"]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, TEXT])
+def test_the_tables_fit_80_columns(recipe: Recipe) -> None:
+    losses = [[0.123456, 0.1], [0.2, 0.1], [0.2, 0.1]]
+    values: dict[str, Any] = {"seconds": 12345.6, "bytes": 123_456_789, "float_bytes": 10**9, "losses": losses}
+    found = comparison(
+        runs("delayed", [12.25, 13.5, 14.0], gradient_evaluations=1_234_567, peak_memory=123_456_789, **values),
+        runs("laq", [1.25, 33.5, 14.0], gradient_evaluations=1_234_567, **values),
+        recipe=recipe,
+    )
     console = Console(file=io.StringIO(), width=80)
-    console.print(rich_table(Comparison(RECIPE, many, {})))
+    for table in rich_tables(found.groups, recipe):
+        console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for cell in ("13.25 ± 0.90", "0.1000 ± 0.0000", "1,234,567", "12345.6", "123.5 MB", "(3 seeds)"):
+    assert "…" not in text
+    main = "13.25 ± 0.90" if recipe is RECIPE else "0.3000 ± 0.0000"
+    for cell in (main, "0.1000", "1,234,567", "12345.6", "123.5 MB", "(3 seeds)", "to 0.1", "minus", "8.1x"):
         assert cell in text
 
 
+def made(design: Design, out: Path, recipe: Recipe = RECIPE) -> tuple[Comparison, list[dict[str, str]], str]:
+    console = Console(file=io.StringIO(), width=120)
+    found = compare(recipe, design, out, Sweeper(console=console))
+    with (out / "results.csv").open() as file:
+        return found, list(csv.DictReader(file)), console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_runs_are_written_and_tabulated(tmp_path: Path) -> None:
-    console = Console(file=io.StringIO())
-    comparison = compare(RECIPE, ["float", "laq", "blaq"], [3, 4], tmp_path, console)
-    assert not comparison.failures
-    with (tmp_path / "results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in ("float", "laq", "blaq") for s in "34"]
-    assert {row["gradient_evaluations"] for row in rows if row["method"] == "blaq"} == {"12"}
-    assert [row["bits"] for row in rows] == ["float", "float", "1", "1", "1", "1"]
-    for row, saved in zip(rows, json.loads((tmp_path / "results.json").read_text()), strict=True):
-        run = json.loads((tmp_path / f"{row['method']}-s{row['seed']}" / "result.json").read_text())
-        assert saved == run
-        assert row == {name: str(value) for name, value in run.items()}
+    design = Design(methods=["float", "laq", "blaq"], bits=[1, "ternary2"], seeds=[3, 4], budget="gradients")
+    found, rows, printed = made(design, tmp_path)
+    assert not found.failures
+    names = [
+        f"{run}-s{seed}" for run in ("float", "laq-b1", "laq-bternary2", "blaq-b1", "blaq-bternary2") for seed in (3, 4)
+    ]
+    assert [row["run"] for row in rows] == names
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(names)
+    assert {(row["method"], row["epochs"], row["steps"], row["gradient_evaluations"]) for row in rows} == {
+        ("float", "2", "12", "12"), ("laq", "2", "12", "12"), ("blaq", "1", "6", "12"),
+    }  # fmt: skip
+    assert [row["bits"] for row in rows[::2]] == ["float", "1", "ternary2", "1", "ternary2"]
+    content = json.loads((tmp_path / "results.json").read_text())
+    for row, saved in zip(rows, content["runs"], strict=True):
+        run = json.loads((tmp_path / "runs" / row["run"] / "result.json").read_text())
+        assert saved == {"run": row["run"], **run}
+        assert row == {name: str(value) for name, value in saved.items()}
+    note = "epochs, 1 in the recipe: float 2, laq 2, blaq 1. Schedules are stretched"
     markdown = (tmp_path / "results.md").read_text()
-    errors = [float(row["test_error"]) for row in rows if row["method"] == "laq"]
-    assert f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}" in markdown
-    assert comparison.conclusion() in markdown
+    assert note in printed
+    assert note in markdown
+    assert EXPLANATION in markdown
+    for group, bits in zip(content["groups"], ("1", "ternary2"), strict=True):
+        errors = {
+            method: [float(row["test_error"]) for row in rows if (row["method"], row["bits"]) == (method, bits)]
+            for method in ("laq", "blaq")
+        }
+        laq, blaq = group["settings"][1:]
+        assert laq["test_error"] == {
+            "mean": pytest.approx(statistics.fmean(errors["laq"])),
+            "sd": pytest.approx(statistics.stdev(errors["laq"])),
+        }
+        assert laq["difference"] is None
+        differences = [ours - theirs for ours, theirs in zip(errors["blaq"], errors["laq"], strict=True)]
+        assert blaq["difference"]["values"] == pytest.approx(differences)
+        assert f"{statistics.fmean(errors['laq']):.2f} ± {statistics.stdev(errors['laq']):.2f}" in markdown
+    assert content["conclusion"] == found.conclusion()
+    assert all(line in markdown for line in found.conclusion())
+    described = json.loads((tmp_path / "comparison.json").read_text())
+    assert described["kind"] == "compare"
+    assert described["seeds"] == [3, 4]
+    assert described["epochs"] == {"float": 2, "laq-b1": 2, "laq-bternary2": 2, "blaq-b1": 1, "blaq-bternary2": 1}
 
 
-def test_a_method_that_does_not_fit_stops_before_any_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean 'blaq'"):
-        compare(RECIPE, ["laq", "blac"], [0], tmp_path / "out", Console(quiet=True))
+def test_a_result_without_peak_memory_can_still_be_read() -> None:
+    assert Result(**{**VALUES, "method": "laq", "bits": 1, "seed": 0}).peak_memory is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"methods": ["laq", "laq"]}, r"compare\(methods='laq,laq'\): expected at least one, each once"),
+        ({"methods": []}, "expected at least one"),
+        ({"seeds": []}, "expected at least one"),
+        ({"bits": [1, "binary"]}, r"compare\(bits='1,binary'\): expected each grid once"),
+        ({"bits": ["ternery"]}, "ternary"),
+        ({"rates": [0.1, 0.1]}, "each once"),
+        ({"tune_seeds": 0}, "at least 1"),
+        ({"target": math.nan}, "finite training loss"),
+    ],
+)
+def test_a_design_that_makes_no_sense_is_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Design(**{"methods": ["laq"], "seeds": [0], **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"methods": ["laq", "blac"]}, "did you mean 'blaq'"), ({"rates": [-1.0]}, "finite numbers > 0")],
+)
+def test_what_does_not_fit_stops_before_any_run(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(
+            RECIPE,
+            Design(**{"methods": ["laq"], "seeds": [0], **changed}),
+            tmp_path / "out",
+            Sweeper(console=Console(quiet=True)),
+        )
     assert not (tmp_path / "out").exists()

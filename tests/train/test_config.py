@@ -274,10 +274,13 @@ def test_the_methods() -> None:
     rows = {name: (method.quantized, method.trial) for name, method in METHODS.items()}
     assert rows == {
         "float": (False, "none"),
+        "bwn": (True, "none"),
         "laq": (True, "none"),
         "blaq": (True, "fresh"),
         "past": (True, "past"),
+        "delayed": (True, "delayed"),
     }
+    assert [name for name, method in METHODS.items() if method.curvature == "unit"] == ["bwn"]
     settings = {field.name for field in fields(OptimConfig)} - {"method"}
     assert all(method.ignores < settings for method in METHODS.values())
 

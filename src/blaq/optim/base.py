@@ -4,7 +4,7 @@ Here: groups, state, what the parameters hold, checkpoints. The steps are in `bl
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from blaq.optim import checkpoint, held, update
+from blaq.optim.observer import StepObserver
 from blaq.optim.options import (
     COUNTERS,
     GROUP_DEFAULTS,
+    REMEMBERING,
     SHARED,
     TRIALS,
     check_group,
@@ -23,15 +25,25 @@ from blaq.optim.options import (
     check_trial_every,
     parameter_name,
 )
+from blaq.optim.passes import COMPILED_FROM
 from blaq.optim.update import Group
 
 
 class LatentOptimizer(Optimizer):
-    """Base of `BLAQ`: a quantized parameter holds exactly ``scale * level``; its latent weight is in the state."""
+    """Base of `BLAQ`: a quantized parameter holds exactly ``scale * level``; its latent weight is in the state.
 
-    def __init__(self, params: ParamsT, options: dict[str, Any], module: nn.Module | None) -> None:
+    Attributes:
+        module: the model, if given.
+        observers: told of every step, see `blaq.optim.observer.StepObserver`; no part of a checkpoint or a copy.
+    """
+
+    def __init__(
+        self, params: ParamsT, options: dict[str, Any], module: nn.Module | None, compile: bool | None = None
+    ) -> None:
         check_options(self._owner, options)
         self.module = module
+        self.compile = compile
+        self.observers: list[StepObserver] = []
         self._constructed = False
         self._reset_transient()
         super().__init__(params, {**options, **GROUP_DEFAULTS})
@@ -104,8 +116,13 @@ class LatentOptimizer(Optimizer):
             state["trial"] = p.clone()
             if group["grid"] is not None:
                 state["trial_scale"] = state["scale"]
-            d = update.curvature(state["exp_avg_sq"], int(state["step"]), group)
-            self._write(p, state["latent"], d, group, state)
+            if group["grid"] is None:
+                self._hold(p, state["latent"])
+                continue
+            t = int(state["step"])
+            d = update.curvature(state["exp_avg_sq"], update.Rates.of(group, t)) if t else None
+            state["scale"] = held.exact_scale(state["latent"], d, len(state["scale"]), group)
+            self._hold(p, held.held_values(state["latent"], state["scale"], group))
         self._set_all(evaluating=True)
 
     @torch.no_grad()
@@ -129,24 +146,20 @@ class LatentOptimizer(Optimizer):
     @torch.no_grad()
     def trial(self, trial: str) -> None:
         if trial not in TRIALS:
-            raise ValueError(f"{self._owner}(trial={trial!r}): expected 'fresh', 'past' or 'none'.")
+            raise ValueError(f"{self._owner}(trial={trial!r}): expected 'fresh', 'past', 'delayed' or 'none'.")
         self._check_idle("trial")
-        if trial == "past" and self.trial != "past":
-            for _, p, state in self._parameters():
-                state.setdefault("latent", p.detach().clone())
-                state.update(held.no_trial_yet(state["exp_avg"]))
-        elif trial != "past" and self.trial == "past":
+        if self.trial == "past" and trial != "past":
             self.eval()
-            for group, _, state in self._parameters():
-                for key in (
-                    "trial",
-                    "trial_scale",
-                    "trial_grad",
-                    "trial_step",
-                    *(["latent"] if group["grid"] is None else []),
-                ):
-                    state.pop(key, None)
             self._set_all(evaluating=False)
+        for group, p, state in self._parameters():
+            if trial == "past":
+                state.setdefault("latent", p.detach().clone())
+            elif group["grid"] is None:
+                state.pop("latent", None)
+            for key in ("trial", "trial_scale", *(("trial_grad", "trial_step") if trial != self.trial else ())):
+                state.pop(key, None)
+            if trial in REMEMBERING and trial != self.trial:
+                state.update(held.no_trial_yet(state["exp_avg"]))
         self._set_all(trial=trial)
 
     @property
@@ -222,10 +235,11 @@ class LatentOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_idle("pickle")
-        return {**super().__getstate__(), "module": self.module, "_constructed": True}
+        return {**super().__getstate__(), "module": self.module, "compile": self.compile, "_constructed": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("observers", [])  # a copy has none; loading a state keeps them
         self._reset_transient()
 
     # --- internals ------------------------------------------------------------------------------------------------------
@@ -253,17 +267,21 @@ class LatentOptimizer(Optimizer):
             if group["grid"] is not None:
                 self._hold(p, held.held_values(state["latent"], state["scale"], group))
 
-    def _write(self, p: Tensor, w: Tensor, d: Tensor, group: Group, state: held.State) -> None:
-        """Project w in the metric d and let p hold the result; without a grid, let p hold w."""
-        if group["grid"] is not None:
-            state["scale"] = held.project(w, d, state["scale"], group)
-            self._hold(p, held.held_values(w, state["scale"], group))
-        elif w is not p:
-            self._hold(p, w)
-
     def _hold(self, p: Tensor, values: Tensor) -> None:
         p.copy_(values)
         self._versions[p] = p._version
+
+    def _has_written(self, parameters: Iterable[Tensor]) -> None:
+        for p in parameters:
+            self._versions[p] = p._version
+
+    @property
+    def _fast(self) -> bool:
+        """Whether the passes over the weights are compiled."""
+        if self.compile is not None:
+            return bool(self.compile)
+        weights = sum(p.numel() for group in self.param_groups if group["grid"] is not None for p in group["params"])
+        return int(weights) >= COMPILED_FROM
 
     def _scale_held(self, p: Tensor) -> Tensor:
         """The scale of what p holds now."""
@@ -317,3 +335,5 @@ class LatentOptimizer(Optimizer):
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
         first = self.param_groups[0]
         self._set_all(steps=first["steps"] + 1, gradient_evaluations=first["gradient_evaluations"] + evaluations)
+        for observer in self.observers:
+            observer.after_update()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import ParamsT
 
-from blaq.optim import held, update
+from blaq.optim import held, steps
 from blaq.optim.base import LatentOptimizer
+from blaq.optim.batches import batches
 from blaq.optim.finite import Entry, all_usable, refuse_sparse
 from blaq.optim.trial import Snapshot
 
@@ -28,7 +29,7 @@ _NEEDS_CLOSURE = """{owner}.step(): trial='fresh' looks at a second gradient and
 
     optimizer.step(closure)
 
-or call forward_step() and backtrack_step() around passes of your own, or take one gradient with trial='past' or 'none'."""
+or call forward_step() and backtrack_step() around passes of your own, or take one gradient: trial='past' or 'none'."""
 
 
 @dataclass(slots=True)
@@ -39,6 +40,12 @@ class _Pending:
     floats: dict[Tensor, Tensor]  # parameters without a grid, as they were
     scales: dict[Tensor, Tensor]  # of the trial point
     after_first: Snapshot
+
+
+def _kept(gradient: Tensor) -> Tensor:
+    """The gradient, for later: the tensor itself, unless other code may write into its memory (DDP's buckets are shared)."""
+    own = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+    return gradient if own and not gradient._is_view() else gradient.clone()
 
 
 class BLAQ(LatentOptimizer):
@@ -63,17 +70,20 @@ class BLAQ(LatentOptimizer):
         eps: > 0, added to the root of the second moment.
         weight_decay: decoupled, on latent weights.
         a: weight of the gradient at the current point, 0 to 1; 1 is LAQ, 0 the extragradient step.
+        curvature: the metric of the projection: ``"adam"``, d above; ``"unit"``, 1: the nearest level (BWN, TWN).
         clip: keeps the latent weights of quantized parameters in [-clip, clip].
         trial: ``"fresh"`` two gradients a step; ``"past"`` one, the previous trial gradient stands in for g, and between
-            steps the parameters hold the next trial point (see `eval`); ``"none"`` one, LAQ.
+            steps the parameters hold the next trial point (see `eval`); ``"delayed"`` one, no trial: a control that blends
+            in the gradient of the step before, ``a g_t + (1-a) g_{t-1}``; ``"none"`` one, LAQ.
         trial_every: with ``"fresh"``, a trial at every k-th step; the other steps are LAQ's.
+        compile: whether the passes over the weights are compiled (`torch.compile`); None: from 2^20 quantized weights on.
         module: the model: its buffers (BatchNorm's statistics) are left by the second evaluation as the first left them.
 
     State of a parameter: ``step``; ``exp_avg``, ``exp_avg_sq`` (shape of p); with a grid also ``latent`` (shape of p) and
-    ``scale`` ((rows, 1), float32); with ``"past"`` ``latent`` always, ``trial_grad`` and ``trial_step`` (the last trial
-    gradient, and its step), and in `eval` ``trial`` and ``trial_scale``. Tensors of quantized parameters are at least
-    float32. In every group: ``grid``, ``granularity``, ``solver``, the options, ``steps``, ``gradient_evaluations``,
-    ``evaluating``, ``format``.
+    ``scale`` ((rows, 1), float32); with ``"past"`` and ``"delayed"`` ``trial_grad`` and ``trial_step`` (the last gradient,
+    and its step); with ``"past"`` ``latent`` always, and in `eval` ``trial`` and ``trial_scale``. Tensors of quantized
+    parameters are at least float32. In every group: ``grid``, ``granularity``, ``solver``, the options, ``steps``,
+    ``gradient_evaluations``, ``evaluating``, ``format``.
 
     Raises:
         ValueError: an option out of range, or unknown; weights that are not finite.
@@ -108,8 +118,10 @@ class BLAQ(LatentOptimizer):
         *,
         trial: str = "fresh",
         trial_every: int = 1,
+        curvature: str = "adam",
         clip: float | None = None,
         module: nn.Module | None = None,
+        compile: bool | None = None,
     ) -> None:
         options = {
             "lr": lr,
@@ -119,9 +131,10 @@ class BLAQ(LatentOptimizer):
             "a": a,
             "trial": trial,
             "trial_every": trial_every,
+            "curvature": curvature,
             "clip": clip,
         }
-        super().__init__(params, options, module)
+        super().__init__(params, options, module, compile)
 
     def _reset_transient(self) -> None:
         super()._reset_transient()
@@ -188,22 +201,13 @@ class BLAQ(LatentOptimizer):
             after_first.restore()
 
     def _one_gradient(self) -> None:
-        """A step of LAQ, or of "past"."""
+        """A step of LAQ, of "past", or of "delayed"."""
         self._check_untouched()
-        past = self.trial == "past"
-        for group, p, grad, state in self._with_gradients():
-            state["step"] += 1
-            w, m, v, t = state.get("latent", p), state["exp_avg"], state["exp_avg_sq"], int(state["step"])
-            g = grad.to(m.dtype)
-            if past and state["trial_step"] > 0:
-                d = update.backtrack(w, m, v, state["trial_grad"], g, t, group)
-            else:
-                d = update.laq(w, m, v, g, t, group)
-            if past:
-                state["trial_grad"].copy_(g)
-                state["trial_step"].fill_(t)
-                w, d = update.forward(w, m, v, g, t + 1, group)
-            self._write(p, w, d, group, state)
+        self._tell_observers(None)
+        fast = self._fast
+        for batch in batches(self._with_gradients()):
+            steps.one_gradient(batch, self.trial, fast)
+            self._has_written(batch.parameters)
         self._count(1)
 
     # --- its two halves -----------------------------------------------------------------------------------------------
@@ -294,19 +298,16 @@ class BLAQ(LatentOptimizer):
     def _forward(self) -> None:
         self._check_untouched()
         pending = self._pending = _Pending({}, {}, {}, Snapshot.take(self.module, self._devices()))
-        for group, p, grad, state in self._with_gradients():
-            # A copy: zero_grad(set_to_none=False) and the second backward write into p.grad.
-            g = grad.to(state["exp_avg"].dtype, copy=True)
-            w = state.get("latent", p)
-            w_trial, d = update.forward(w, state["exp_avg"], state["exp_avg_sq"], g, int(state["step"]) + 1, group)
-            if group["grid"] is None:
-                pending.floats[p] = p.clone()
-                pending.gradients[p] = g
-                p.copy_(w_trial)
-            else:
-                scale = pending.scales[p] = held.project(w_trial, d, state["scale"], group)
-                pending.gradients[p] = g
-                self._hold(p, held.held_values(w_trial, scale, group))
+        fast = self._fast
+        for batch in batches(self._with_gradients()):
+            pending.gradients.update(zip(batch.parameters, map(_kept, batch.gradients), strict=True))
+            if batch.how is None:
+                pending.floats.update((p, p.clone()) for p in batch.parameters)
+            scales = steps.to_trial_point(batch, fast)
+            pending.scales.update(zip(batch.parameters, scales, strict=False))  # none without a grid
+            self._has_written(batch.parameters)
+        for p in pending.gradients:
+            p.grad = None  # it is kept; what comes next is the gradient at the trial point
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     def _backtrack(self) -> None:
@@ -316,15 +317,16 @@ class BLAQ(LatentOptimizer):
         if second != set(pending.gradients):
             names = ", ".join(f"'{self._name(p)}'" for p in second ^ set(pending.gradients))
             raise ValueError(f"{self._owner}: only one of the two evaluations gave a gradient to {names}; both must.")
+        for p, values in pending.floats.items():
+            p.copy_(values)
+        self._tell_observers(pending.gradients)
         self._pending = self._before = None
         pending.after_first.restore()
-        for group, p, grad, state in self._with_gradients():
-            if p in pending.floats:
-                p.copy_(pending.floats[p])
-            state["step"] += 1
-            w, m, v, t = state.get("latent", p), state["exp_avg"], state["exp_avg_sq"], int(state["step"])
-            d = update.backtrack(w, m, v, pending.gradients[p], grad.to(m.dtype), t, group)
-            self._write(p, w, d, group, state)
+        fast = self._fast
+        for batch in batches(self._with_gradients()):
+            first = [pending.gradients[p] for p in batch.parameters]
+            steps.two_gradients(batch, first, batch.gradients, fast)
+            self._has_written(batch.parameters)
         self._count(2)
 
     # --- what the parameters hold -------------------------------------------------------------------------------------
@@ -339,6 +341,10 @@ class BLAQ(LatentOptimizer):
         return self._pending is not None
 
     # --- internals ----------------------------------------------------------------------------------------------------
+
+    def _tell_observers(self, first: dict[Tensor, Tensor] | None) -> None:
+        for observer in self.observers:
+            observer.before_update(first)
 
     def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""

@@ -6,12 +6,12 @@ from typing import Any
 from torch import Tensor
 
 from blaq.grids import Grid
-from blaq.optim.options import FORMAT, GROUP_DEFAULTS, SHARED, parameter_name
+from blaq.optim.options import FORMAT, GROUP_DEFAULTS, REMEMBERING, SHARED, parameter_name
 from blaq.optim.update import Group
 from blaq.projection import row_shape, widen
 
 # As large as the parameter. torch casts them to its dtype, which would round latent weights to bfloat16.
-_OPTIONS = ("lr", "betas", "eps", "weight_decay", "a", "clip", *SHARED, *GROUP_DEFAULTS)
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "a", "clip", "curvature", *SHARED, *GROUP_DEFAULTS)
 _LIKE_PARAMETER = ("latent", "exp_avg", "exp_avg_sq", "trial_grad")
 
 
@@ -89,7 +89,7 @@ def _needed(quantized: bool, mode: Group) -> set[str]:
     keys = {"step", "exp_avg", "exp_avg_sq"}
     keys |= {"latent"} if quantized or past else set()
     keys |= {"scale"} if quantized else set()
-    keys |= {"trial_grad", "trial_step"} if past else set()
+    keys |= {"trial_grad", "trial_step"} if mode["trial"] in REMEMBERING else set()
     keys |= {"trial"} if evaluating else set()
     return keys | ({"trial_scale"} if evaluating and quantized else set())
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blaq.grids import Grid
+from blaq.optim.options import REMEMBERING
 from blaq.optim.update import Group
 from blaq.projection import check_finite, codes_of, dequantize, in_rows, nearest_levels, row_shape, solve_scale, widen
 
@@ -22,31 +23,53 @@ def initial_state(p: Tensor, name: str, group: Group) -> State:
     Raises:
         ValueError: a weight that is NaN or Inf.
     """
-    work = p if group["grid"] is None else widen(p)
+    work = p if group["grid"] is None else _laid_out(widen(p), group["granularity"])
     state: State = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(work), "exp_avg_sq": torch.zeros_like(work)}
     if group["grid"] is not None or group["trial"] == "past":
-        state["latent"] = work.detach().clone(memory_format=torch.preserve_format)
-    if group["trial"] == "past":
+        state["latent"] = torch.empty_like(state["exp_avg"]).copy_(work)
+    if group["trial"] in REMEMBERING:
         state.update(no_trial_yet(state["exp_avg"]))
     if group["grid"] is not None:
         check_finite(p, f"'{name}'")
         rows = row_shape(p.shape, group["granularity"], f"'{name}' ")
-        state["scale"] = solve_scale(in_rows(state["latent"], rows), None, Grid.parse(group["grid"]), "exact")
+        state["scale"] = exact_scale(state["latent"], None, rows[0], group)
     return state
 
 
+def _laid_out(work: Tensor, granularity: str | int) -> Tensor:
+    """The weight with its rows one after the other in memory, as steps take them; their order inside a row is free, but for
+    groups. So channels-last convolutions stay as they are.
+    """
+    outermost = work.ndim == 0 or work.stride(0) == work[:1].numel() or len(work) == 1 or granularity == "tensor"
+    if isinstance(granularity, int) or not outermost or not _dense(work):
+        return work.contiguous()
+    return work
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the entries lie side by side, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
 def no_trial_yet(like: Tensor) -> State:
-    """What "past" remembers of its last trial: its gradient, and the step it was for (0: none so far).
+    """What "past" and "delayed" remember: the last gradient, and the step it was for (0: none so far).
 
     There from the start: distributed checkpoints load into the keys that a new optimizer has.
     """
     return {"trial_grad": torch.zeros_like(like), "trial_step": torch.tensor(0.0)}
 
 
-def project(w: Tensor, d: Tensor, scale: Tensor, group: Group) -> Tensor:
-    """The scale of the projection of w in the metric d; the alternating solver starts from the scale given."""
-    rows, start = _rows(w, scale), scale if group["solver"] == "alternating" else None
-    return solve_scale(in_rows(w, rows), in_rows(d, rows), Grid.parse(group["grid"]), group["solver"], start)
+def exact_scale(w: Tensor, d: Tensor | None, rows: int, group: Group) -> Tensor:
+    """The scales of the projection of w in the metric d, or 1 where there is none or the group says so: the optimum."""
+    shape = rows, w.numel() // max(rows, 1)
+    d_RN = in_rows(d, shape) if d is not None and group["curvature"] == "adam" else None
+    return solve_scale(in_rows(w, shape), d_RN, Grid.parse(group["grid"]), "exact")
 
 
 def held_values(w: Tensor, scale: Tensor, group: Group) -> Tensor:

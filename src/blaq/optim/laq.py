@@ -36,10 +36,13 @@ class LAQ(BLAQ):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        curvature: str = "adam",
         clip: float | None = None,
         module: nn.Module | None = None,
+        compile: bool | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, a=1.0, trial="none", clip=clip, module=module)
+        rest: dict[str, Any] = {"curvature": curvature, "clip": clip, "module": module, "compile": compile}
+        super().__init__(params, lr, betas, eps, weight_decay, a=1.0, trial="none", **rest)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of LAQ; see `BLAQ.load_state_dict`.

@@ -12,7 +12,9 @@ from torch import Tensor
 from blaq.grids import Grid
 from blaq.projection import check_solver, row_shape
 
-TRIALS = ("fresh", "past", "none")
+TRIALS = ("fresh", "past", "delayed", "none")
+REMEMBERING = ("past", "delayed")  # keep a gradient from one step to the next
+CURVATURES = ("adam", "unit")
 FORMAT = 1  # of the state that a checkpoint holds
 
 # What a group holds besides the constructor's options: set by param_groups, or counted here.
@@ -92,7 +94,14 @@ def check_options(owner: str, options: dict[str, Any]) -> None:
         )
     trial, every = options["trial"], options["trial_every"]
     if trial not in TRIALS:
-        raise ValueError(f"{owner}(trial={trial!r}): expected 'fresh' (two gradients), 'past' (one) or 'none' (LAQ).")
+        raise ValueError(
+            f"{owner}(trial={trial!r}): expected 'fresh' (two gradients), 'past', 'delayed' (one) or 'none' (LAQ)."
+        )
+    if options["curvature"] not in CURVATURES:
+        raise ValueError(
+            f"{owner}(curvature={options['curvature']!r}): expected 'adam' (the root of the second moment) or 'unit' (1: the "
+            "nearest level, as in BWN and TWN)."
+        )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"{owner}(trial_every={every!r}): expected an int >= 1 (a trial at every k-th step).")
 

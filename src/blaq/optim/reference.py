@@ -32,6 +32,17 @@ From the past, one gradient a step (Popov; Gidel et al., ICLR 2019): the previou
 
     (14) (10) to (13) with g = the previous g*; the first step, which has none, is (8) with its own gradient
     (15) the parameter then holds the next trial point: (5), (6) and (9) with the newest g* and step t + 1
+
+Delayed, one gradient a step: a control without a trial, which averages gradients over time only.
+
+    (16) (10) to (13) with g* = the gradient of the step before; the first step, which has none, is (8)
+
+The alternating solver in training goes on from the last alpha, a round a step, after an exact solve at the first step:
+
+    (17) of alpha, alpha (1 + e), alpha (1 - e), with e = 1/8, 1/32, 1/128 in turn, take the one with the best (3), then (2);
+         ternary grids, where (2) alone is quick, take alpha
+
+With unit curvature the projections of (8), (9), (13) and (15) have d = 1: the nearest level (BWN, TWN).
 """
 
 import math
@@ -99,6 +110,20 @@ def alternating_alpha(sizes: Floats, curvature: Floats, magnitudes: Levels, star
     return alpha
 
 
+def followed_alpha(sizes: Floats, curvature: Floats, magnitudes: Levels, last: float, t: int) -> float:
+    """The alpha of step t of a training, from that of the step before: (2) at the best of three alphas tried, (17)."""
+    apart = 2.0 ** -(3 + 2 * (t % 3))
+    best = (0.0, max(sizes))  # no weight leaves zero at any of them: let the largest reach the largest level
+    tried = (last,) if magnitudes == [0, 1] else (last, last * (1 + apart), last * (1 - apart))
+    for alpha in tried:
+        b = [nearest(size, alpha, magnitudes) / magnitudes[-1] for size in sizes]
+        s1 = sum(d * level * size for size, d, level in zip(sizes, curvature, b, strict=True))
+        s2 = sum(d * level**2 for d, level in zip(curvature, b, strict=True))
+        if s2 > 0 and s1 * (s1 / s2) > best[0] * (1 + TIE):
+            best = (s1 * (s1 / s2), s1 / s2)
+    return best[1]
+
+
 def first_guess(sizes: Floats, curvature: Floats, levels: Levels) -> float:
     """Where the alternating solver starts without a previous alpha: the weighted mean size is the mean level."""
     mean_size = sum(d * size for size, d in zip(sizes, curvature, strict=True)) / sum(curvature)
@@ -107,7 +132,14 @@ def first_guess(sizes: Floats, curvature: Floats, levels: Levels) -> float:
 
 
 def project_row(
-    weights: Floats, curvature: Floats, levels: Levels, *, two_scales: bool, solver: str, start: Floats | None = None
+    weights: Floats,
+    curvature: Floats,
+    levels: Levels,
+    *,
+    two_scales: bool,
+    solver: str,
+    start: Floats | None = None,
+    t: int = 0,
 ) -> tuple[list[float], list[int]]:
     """Equation (1) for one row: its alphas (one; two for ``two_scales``: negative, positive) and each weight's level.
 
@@ -131,6 +163,8 @@ def project_row(
             alpha = 0.0
         elif solver == "exact":
             alpha = exact_alpha(sizes, d, magnitudes)
+        elif solver == "follow" and start is not None:
+            alpha = followed_alpha(sizes, d, magnitudes, start[side], t)
         else:
             previous = start[side] if start else 0.0
             alpha = alternating_alpha(sizes, d, magnitudes, previous or first_guess(sizes, d, levels))
@@ -174,21 +208,25 @@ class Parameter:
         self.exp_avg_sq = [0.0] * len(self.values)
         self.values, self.scale = self.project(self.latent, [1.0] * len(self.latent))
 
-    def project(self, weights: list[float], curvature: list[float]) -> tuple[list[float], Rows]:
-        """P_d(weights) row by row: values and scales. A float parameter is its own projection."""
+    def project(self, weights: list[float], curvature: list[float], t: int | None = None) -> tuple[list[float], Rows]:
+        """P_d(weights) row by row, in step t or None outside steps: values and scales. A float parameter is its own.
+
+        ``solver="alternating"`` is for steps; the first, and what is not a step, are solved exactly.
+        """
         if self.levels is None:
             return list(weights), []
         values, scales = [], []
         size = self.row_size or len(weights)
         for row, first in enumerate(range(0, len(weights), size)):
-            previous = [scale * max(self.levels) for scale in self.scale[row]] if self.scale else None
+            following = self.solver == "alternating" and t is not None and t > 1
             alphas, chosen = project_row(
                 weights[first : first + size],
                 curvature[first : first + size],
                 self.levels,
                 two_scales=self.two_scales,
-                solver=self.solver if previous else "exact",  # the first solve is always exact
-                start=previous,
+                solver="follow" if following else "exact",
+                start=[scale * max(self.levels) for scale in self.scale[row]] if following else None,
+                t=t or 0,
             )
             scales.append(row_scales(alphas, self.levels))
             values += row_values(scales[-1], chosen)
@@ -197,7 +235,7 @@ class Parameter:
 
 @dataclass
 class ReferenceOptimizer:
-    """LAQ (``trial="none"``), BLAQ (``"fresh"``) and extrapolation from the past (``"past"``).
+    """LAQ (``trial="none"``), BLAQ (``"fresh"``), extrapolation from the past (``"past"``), the control ``"delayed"``.
 
     ``step(gradient)`` calls ``gradient`` with the values of all parameters and expects the gradient of each: twice a
     step for ``"fresh"``, once otherwise. ``"fresh"`` makes a trial at steps k, 2k, 3k, .. for ``trial_every=k``.
@@ -211,6 +249,7 @@ class ReferenceOptimizer:
     a: float = 0.7
     trial: str = "fresh"
     trial_every: int = 1
+    curvature: str = "adam"
     clip: float | None = None
     steps: int = field(init=False, default=0)
 
@@ -224,7 +263,7 @@ class ReferenceOptimizer:
             second = gradient([p.values for p in self.parameters])
             for p, g, g_star in zip(self.parameters, first, second, strict=True):
                 d = self._backtrack(p, g, g_star)
-                p.values, p.scale = p.project(p.latent, d)  # (13)
+                p.values, p.scale = p.project(p.latent, self._metric(d), p.step)  # (13)
         elif self.trial == "past":
             for p, g_star in zip(self.parameters, first, strict=True):
                 if p.trial_grad is None:
@@ -233,10 +272,15 @@ class ReferenceOptimizer:
                     self._backtrack(p, p.trial_grad, g_star)  # (14)
                 p.trial_grad = list(g_star)
                 p.values, p.scale = self._ahead(p, g_star)  # (15)
+        elif self.trial == "delayed":
+            for p, g in zip(self.parameters, first, strict=True):
+                d = self._update(p, g) if p.trial_grad is None else self._backtrack(p, g, p.trial_grad)  # (16)
+                p.trial_grad = list(g)
+                p.values, p.scale = p.project(p.latent, self._metric(d), p.step)
         else:
             for p, g in zip(self.parameters, first, strict=True):
                 d = self._update(p, g)
-                p.values, p.scale = p.project(p.latent, d)  # (8)
+                p.values, p.scale = p.project(p.latent, self._metric(d), p.step)  # (8)
 
     def eval(self) -> None:
         """``"past"``: the parameters hold the quantized latent weights instead of the trial point."""
@@ -244,7 +288,7 @@ class ReferenceOptimizer:
             if self.trial == "past" and p.trial_point is None:
                 p.trial_point = (p.values, p.scale)
                 d = self._curvature(p.exp_avg_sq, p.step) if p.step else [1.0] * len(p.latent)
-                p.values, p.scale = p.project(p.latent, d)
+                p.values, p.scale = p.project(p.latent, self._metric(d))
 
     def train(self) -> None:
         """``"past"``: the parameters hold the trial point again."""
@@ -265,7 +309,11 @@ class ReferenceOptimizer:
     def _ahead(self, p: Parameter, g: list[float]) -> tuple[list[float], Rows]:
         """The trial point, values and scales: where a step along g would lead, (9); p is left as it is."""
         d = self._curvature(self._second_moment(p, g), p.step + 1)
-        return p.project(self._moved(p, self._first_moment(p, g), d, p.step + 1), d)
+        return p.project(self._moved(p, self._first_moment(p, g), d, p.step + 1), self._metric(d), p.step + 1)
+
+    def _metric(self, d: list[float]) -> list[float]:
+        """The curvature of a projection."""
+        return d if self.curvature == "adam" else [1.0] * len(d)
 
     def _backtrack(self, p: Parameter, g: list[float], g_star: list[float]) -> list[float]:
         """Moments and latent weights after the step that both gradients make, (10) to (13); returns d'."""

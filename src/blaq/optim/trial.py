@@ -19,11 +19,22 @@ class RandomState:
 
     @staticmethod
     def capture(devices: Iterable[torch.device]) -> "RandomState":
-        """Read the state of the CPU's generator and of the given devices' generators."""
+        """Read the state of the CPU's generator and of the given devices' generators.
+
+        Raises:
+            ValueError: a device whose generator torch cannot read, such as XLA's.
+        """
         states = {torch.device("cpu"): torch.get_rng_state()}
         for device in devices:
             if device.type not in ("cpu", "meta"):
-                states[device] = torch.get_device_module(device).get_rng_state(device)
+                generators = getattr(torch, device.type, None)
+                if generators is None or not hasattr(generators, "get_rng_state"):
+                    raise ValueError(
+                        f"optimizer on {device}: torch cannot read the random state of this device, so an evaluation could be "
+                        "neither repeated nor undone; take one gradient (trial='past' or 'none') and call step() without a "
+                        "closure."
+                    )
+                states[device] = generators.get_rng_state(device)
         return RandomState(states)
 
     def restore(self) -> None:

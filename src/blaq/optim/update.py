@@ -1,71 +1,110 @@
 """The update of LAQ and BLAQ, on plain tensors. The notation is that of the papers.
 
 Adam's arithmetic, operation by operation as in torch, so that a parameter without a grid follows `torch.optim.Adam`
-bit for bit. Shapes are those of the parameter; ``t`` counts steps from 1; ``group`` holds the options.
+bit for bit. Tensors have one shape, any; ``r`` holds what the formulas need of a group's options in step t.
 
     w       latent (full-precision) weight      g       gradient at the current point
     m, v    first and second moment             g_trial gradient at the trial point
     d       curvature, sqrt(v_hat) + eps        a       weight of g; 1 - a is that of g_trial
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Group = dict[str, Any]
+Number = float | Tensor  # a tensor of no dimension in compiled code, which would be compiled anew for every other float
 
 
-def advance(m: Tensor, v: Tensor, g: Tensor, group: Group) -> None:
+class Rates(NamedTuple):
+    """The numbers of one step."""
+
+    follow1: Number
+    """1 - beta1."""
+    beta2: Number
+    follow2: Number
+    """1 - beta2."""
+    correction: Number
+    """sqrt(1 - beta2^t): v_hat is v over its square."""
+    eps: Number
+    move: Number
+    """-lr / (1 - beta1^t)."""
+    a: Number
+    decay: Number | None
+    """1 - lr weight_decay; None without weight decay."""
+    clip: Number | None
+    """Bound of the latent weights; None without, and for parameters without a grid."""
+
+    @staticmethod
+    def of(group: Group, t: int) -> "Rates":
+        """Those of step t, counted from 1, of the parameters of a group."""
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        return Rates(
+            follow1=1 - beta1,
+            beta2=beta2,
+            follow2=1 - beta2,
+            correction=(1 - beta2**t) ** 0.5,
+            eps=group["eps"],
+            move=-(lr / (1 - beta1**t)),
+            a=group["a"],
+            decay=1 - lr * group["weight_decay"] if group["weight_decay"] != 0 else None,
+            clip=group["clip"] if group["grid"] is not None else None,
+        )
+
+
+def advance(m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
     """Advance both moments with a gradient, in place."""
-    beta1, beta2 = group["betas"]
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    m.lerp_(g, r.follow1)
+    _add_product(v.mul_(r.beta2), g, g, r.follow2)
 
 
-def curvature(v: Tensor, t: int, group: Group) -> Tensor:
-    """d = sqrt(v_hat) + eps with Adam's bias correction; 1 before the first gradient."""
-    if t == 0:
-        return torch.ones_like(v)
-    correction: float = (1 - group["betas"][1] ** t) ** 0.5
-    return v.sqrt().div_(correction).add_(group["eps"])
+def curvature(v: Tensor, r: Rates) -> Tensor:
+    """d = sqrt(v_hat) + eps with Adam's bias correction."""
+    return v.sqrt().div_(r.correction).add_(r.eps)
 
 
-def descend(w: Tensor, m: Tensor, d: Tensor, t: int, group: Group) -> None:
+def descend(w: Tensor, m: Tensor, d: Tensor, r: Rates) -> None:
     """w <- w - lr m_hat / d with decoupled weight decay, and a clip of quantized weights to [-c, c], in place."""
-    lr = float(group["lr"])
-    if group["weight_decay"] != 0:
-        w.mul_(1 - lr * group["weight_decay"])
-    w.addcdiv_(m, d, value=-(lr / (1 - group["betas"][0] ** t)))
-    if group["clip"] is not None and group["grid"] is not None:
-        w.clamp_(-group["clip"], group["clip"])
+    if r.decay is not None:
+        w.mul_(r.decay)
+    if isinstance(r.move, Tensor):
+        w.addcdiv_(m * r.move, d)
+    else:
+        w.addcdiv_(m, d, value=r.move)
+    if r.clip is not None:
+        w.clamp_(-r.clip, r.clip)  # type: ignore[arg-type]  # two numbers, or two tensors
 
 
-def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, t: int, group: Group) -> Tensor:
+def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> Tensor:
     """One gradient: the step of LAQ, in place. Returns d, the metric of the projection that follows."""
-    advance(m, v, g, group)
-    d = curvature(v, t, group)
-    descend(w, m, d, t, group)
+    advance(m, v, g, r)
+    d = curvature(v, r)
+    descend(w, m, d, r)
     return d
 
 
-def forward(w: Tensor, m: Tensor, v: Tensor, g: Tensor, t: int, group: Group) -> tuple[Tensor, Tensor]:
+def forward(w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> tuple[Tensor, Tensor]:
     """One step forward, nothing kept: the trial point w* and the curvature d_t to project it with."""
     w_trial = w.clone()
-    d = laq(w_trial, m.clone(), v.clone(), g, t, group)
+    d = laq(w_trial, m.clone(), v.clone(), g, r)
     return w_trial, d
 
 
-def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, t: int, group: Group) -> Tensor:
+def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates) -> Tensor:
     """Back at w, move with the blend of both gradients, in place. Returns d', the metric of the projection.
 
     With a = 1 this is `laq` bit for bit: ``lerp`` of weight 1 is its end.
     """
-    a, (beta1, beta2) = group["a"], group["betas"]
-    v_trial = (v * beta2).addcmul_(g_trial, g_trial, value=1 - beta2)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    d = torch.lerp(curvature(v_trial, t, group), curvature(v, t, group), a)
-    m.lerp_(torch.lerp(g_trial, g, a), 1 - beta1)
-    v.copy_(torch.lerp(v_trial, v, a))
-    descend(w, m, d, t, group)
+    v_trial = _add_product(v * r.beta2, g_trial, g_trial, r.follow2)
+    _add_product(v.mul_(r.beta2), g, g, r.follow2)
+    d = torch.lerp(curvature(v_trial, r), curvature(v, r), r.a)
+    m.lerp_(torch.lerp(g_trial, g, r.a), r.follow1)
+    v.copy_(torch.lerp(v_trial, v, r.a))
+    descend(w, m, d, r)
     return d
+
+
+def _add_product(to: Tensor, x: Tensor, y: Tensor, factor: Number) -> Tensor:
+    """to <- to + factor x y, in place; as torch's Adam where the factor is a number, which a tensor cannot stand in for."""
+    return to.addcmul_(x * factor, y) if isinstance(factor, Tensor) else to.addcmul_(x, y, value=factor)

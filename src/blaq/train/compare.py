@@ -1,51 +1,64 @@
-"""Several methods on one recipe over several seeds: the runs, their table, and what the table lets one say."""
+"""Several methods, grids and seeds on one recipe: the runs, their tables, and what the tables let one say."""
 
-import csv
-import functools
-import io
-import json
 import math
-import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from blaq.optim.plan import plan, size
+from blaq.grids import Grid
+from blaq.optim.plan import plan
 from blaq.tasks.models import build_model
+from blaq.train.budget import Budget, equal_gradients
 from blaq.train.config import Recipe
-from blaq.train.directory import RunDirectory, write_atomically
 from blaq.train.display import Display
 from blaq.train.module import build_groups
-from blaq.train.run import Result, load_data, train
+from blaq.train.summary import Group, Measure, Setting, settings_of
+from blaq.train.sweep import Job, Outcome, Run, Sweeper, claim
+from blaq.train.tables import write_tables
+from blaq.train.tuning import Tuning, tune
+from blaq.train.verdict import judge
 
-# What the closing line sets against each other: the first pair of which both were run.
-PAIRS = [("blaq", "laq"), ("past", "laq"), ("blaq", "past"), ("laq", "float"), ("blaq", "float"), ("past", "float")]
+REFERENCE = "laq"
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Values of one quantity over the seeds."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """What is compared on a recipe.
 
-    values: tuple[float, ...]
+    Attributes:
+        methods: rows of `METHODS`, each once.
+        bits: grids as `optim.bits` takes them, each once; empty for the recipe's. float is run once, not for each.
+        seeds: each method and grid is run with all of them.
+        budget: ``steps``: as many epochs for all; ``gradients``: as many gradient evaluations, see `equal_gradients`.
+        rates: learning rates among which each method and grid chooses on validation data; empty for the recipe's.
+        tune_seeds: how many seeds the choice takes, none of them one of `seeds`.
+        target: training loss whose cost is told; none takes the lowest that every run reached.
+    """
 
-    @property
-    def mean(self) -> float:
-        """Their mean."""
-        return statistics.fmean(self.values)
+    methods: Sequence[str]
+    bits: Sequence[int | str] = ()
+    seeds: Sequence[int]
+    budget: Budget = "steps"
+    rates: Sequence[float] = ()
+    tune_seeds: int = 1
+    target: float | None = None
 
-    @property
-    def sd(self) -> float:
-        """Standard deviation of the sample (n - 1); NaN for a single value."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
-
-    def show(self, digits: int) -> str:
-        """Mean ± sd; the mean alone for a single value."""
-        spread = f" ± {self.sd:.{digits}f}" if len(self.values) > 1 else ""
-        return f"{self.mean:.{digits}f}{spread}"
+    def __post_init__(self) -> None:
+        for name in ("methods", "seeds", "bits", "rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or (name in ("methods", "seeds") and not values):
+                raise ValueError(f"compare({name}={','.join(map(str, values))!r}): expected at least one, each once.")
+        grids = [Grid.parse(bits).name for bits in self.bits]
+        if len(set(grids)) < len(grids):
+            raise ValueError(f"compare(bits={','.join(map(str, self.bits))!r}): expected each grid once.")
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise ValueError(f"compare(rates={','.join(map(str, self.rates))!r}): expected finite numbers > 0.")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"compare(target={self.target}): expected a finite training loss.")
+        if self.tune_seeds < 1:
+            raise ValueError(f"compare(tune_seeds={self.tune_seeds}): expected at least 1.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,121 +66,135 @@ class Comparison:
     """The finished runs of a comparison, and why the others failed.
 
     Attributes:
-        recipe: what was run, but for method and seed.
-        results: of the finished runs, in the order of methods and seeds.
-        failures: run name to message.
+        recipe: what was run, but for what the design says.
+        design: what was compared.
+        outcome: of the counted runs.
+        tuning: how the learning rates were chosen; None if they were not.
     """
 
     recipe: Recipe
-    results: tuple[Result, ...]
-    failures: dict[str, str]
+    design: Design
+    outcome: Outcome
+    tuning: Tuning | None = None
 
     @property
-    def methods(self) -> list[str]:
-        """The methods with a finished run."""
-        return list(dict.fromkeys(result.method for result in self.results))
-
-    def sample(self, method: str, name: str) -> Sample:
-        """A field of `Result` over the seeds of a method."""
-        return Sample(tuple(getattr(result, name) for result in self.results if result.method == method))
+    def failures(self) -> dict[str, str]:
+        """Name to message of the runs that failed, those of the tuning included."""
+        tuning = {} if self.tuning is None else self.tuning.failures
+        return {**tuning, **self.outcome.failures}
 
     @property
-    def text(self) -> bool:
-        """Whether characters are predicted: then the cross-entropy is the main measure, else the error."""
-        return self.recipe.data.sequence is not None
+    def groups(self) -> list[Group]:
+        """The settings by grid; float stands in every group."""
+        runs = self.outcome.runs
+        grids = list(dict.fromkeys(run.settings["bits"] for run in runs if run.settings["bits"] != "float")) or [
+            "float"
+        ]
+        groups = []
+        for bits in grids:
+            settings = settings_of([_labelled(run) for run in runs if run.settings["bits"] in (bits, "float")])
+            reference = next((one for one in settings if one.values["method"] == REFERENCE), settings[0])
+            groups.append(
+                Group(
+                    title=self.recipe.title if len(grids) == 1 else f"bits {bits}",
+                    settings=tuple(settings),
+                    reference=reference if len(settings) > 1 else None,
+                    reference_name=reference.values["method"],
+                    target=self.design.target,
+                )
+            )
+        return groups
 
-    def columns(self) -> dict[str, list[str]]:
-        """The table, one line a method, by column; means over the seeds, ± sample standard deviation."""
-        samples = [{f.name: self.sample(method, f.name) for f in fields(Result)} for method in self.methods]
-        return {
-            "method": self.methods,
-            "seeds": [str(len(of["seed"].values)) for of in samples],
-            "test loss": [of["test_loss"].show(4) for of in samples],
-            "test error %": [of["test_error"].show(2) for of in samples],
-            "train loss": [of["train_loss"].show(4) for of in samples],
-            "gradients": [f"{of['gradient_evaluations'].mean:,.0f}" for of in samples],
-            "seconds": [f"{of['seconds'].mean:.1f}" for of in samples],
-            "size": [size(round(of["bytes"].mean)) for of in samples],
-            "smaller": [f"{of['float_bytes'].mean / of['bytes'].mean:.1f}x" for of in samples],
-        }
-
-    def conclusion(self) -> str:
-        """What to look at, in one line; it claims no more than the numbers say."""
-        pair = next((pair for pair in PAIRS if set(pair) <= set(self.methods)), None)
-        if pair is None:
-            return "Look at: one method alone; run another with the same seeds to compare it with."
-        one, other = pair
-        what, unit, digits = ("test loss", "nats", 4) if self.text else ("test error", "%", 2)
-        field = what.replace(" ", "_")
-        a, b = self.sample(one, field), self.sample(other, field)
-        gap = a.mean - b.mean
-        order = f"{abs(gap):.{digits}f} {'lower' if gap < 0 else 'higher'}" if gap else "no difference"
-        noise = math.hypot(a.sd, b.sd)
-        if math.isnan(noise):
-            weight = "a single seed cannot tell this from seed noise"
-        else:
-            verdict = "beyond" if abs(gap) > noise else "within"
-            seeds = min(len(a.values), len(b.values))
-            weight = f"{verdict} seed noise (combined sd {noise:.{digits}f}, {seeds} seeds)"
-        cost = self.sample(one, "gradient_evaluations").mean / self.sample(other, "gradient_evaluations").mean
-        smaller = self.sample(one, "float_bytes").mean / self.sample(one, "bytes").mean
-        return (
-            f"Look at {what}: {one} {a.mean:.{digits}f} {unit} against {other} {b.mean:.{digits}f} {unit}, {order}: "
-            f"{weight}; {one} took {cost:.2f} times the gradients of {other}, and its packed weights are {smaller:.1f} "
-            "times smaller than float32."
-        )
+    def conclusion(self) -> list[str]:
+        """What to look at, a line for each grid; they claim no more than the numbers say."""
+        measure, groups = Measure.of(self.recipe), self.groups
+        return [judge(group, measure, self.design.budget, several=len(groups) > 1) for group in groups]
 
 
-def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], out: Path, console: Console) -> Comparison:
-    """Train a recipe with each method and seed, each into ``out/<method>-s<seed>``, and write the tables.
+def compare(recipe: Recipe, design: Design, out: Path, sweeper: Sweeper) -> Comparison:
+    """Train a recipe with each method, grid and seed, each into ``out/runs/<name>``, and write the tables.
 
     Runs that are finished are not repeated, those begun are resumed. A run that fails is reported and the others go on.
-    Writes results.csv and results.json (one row a finished run) and results.md (the table and the conclusion).
+    Writes comparison.json (the design), recipe.toml, results.csv (a row a finished run), results.json and results.md;
+    with learning rates to choose among tuning.csv, and the runs that the choice took in ``out/tuning/<name>``.
 
     Raises:
-        ValueError: an unknown method, a method or seed named twice, or settings that do not fit a method.
+        ValueError: an unknown method or grid, or settings that do not fit a method; the directory holds something else.
     """
-    for name, values in (("methods", methods), ("seeds", seeds)):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"compare({name}={','.join(map(str, values))!r}): expected at least one, each once.")
-    runs = {f"{m}-s{s}": recipe.with_([f"optim.method={m}", f"train.seed={s}"]) for m in methods for s in seeds}
-    data = functools.cache(load_data)
-    results: list[Result] = []
-    failures: dict[str, str] = {}
-    _show_plan(runs.values(), console)
-    for number, (name, run) in enumerate(runs.items(), start=1):
-        display = Display(console, label=f"{name} ({number}/{len(runs)})", details=False)
-        dataset = None if RunDirectory(out / name).finished else data(recipe.data)
-        try:
-            result = train(run, out / name, resume=True, display=display, dataset=dataset)
-        except ValueError as error:
-            failures[name] = str(error)
-        except Exception as error:  # whatever happens to one run, the others are kept
-            failures[name] = f"{type(error).__name__}: {error}"
-            console.print_exception()
-        else:
-            results.append(result)
-            display.say(f"{display.label}: test error {result.test_error:.2f} %, {result.seconds:.1f} s")
-            _write(Comparison(recipe, tuple(results), failures), out)
+    variants = _variants(recipe, design)
+    description = {"kind": "compare", "recipe": recipe.name, **asdict(design), "seeds": list(design.seeds)}
+    description["bits"] = list(design.bits) or [recipe.optim.bits]
+    description["epochs"] = {name: variant.train.epochs for name, variant in variants.items()}
+    claim(out, recipe, description)
+    _show_plan(list(variants.values()), sweeper.console)
+    notes = _notes(recipe, design, variants)
+    for note in notes:
+        Display(sweeper.console).say(note)
+    tuning = None
+    if design.rates:
+        tuning = tune(variants, design.rates, design.tune_seeds, out, sweeper)
+        variants = {
+            name: replace(variant, optim=replace(variant.optim, lr=tuning.chosen[name]))
+            for name, variant in variants.items()
+            if name in tuning.chosen
+        }
+    jobs = [
+        Job(
+            name=f"{name}-s{seed}",
+            recipe=replace(variant, train=replace(variant.train, seed=seed)),
+            settings=_settings(variant, tuned=tuning is not None),
+        )
+        for name, variant in variants.items()
+        for seed in design.seeds
+    ]
+
+    def write(outcome: Outcome) -> None:
+        comparison = Comparison(recipe, design, outcome, tuning)
+        write_tables(out, recipe, outcome, comparison.groups, comparison.conclusion(), notes)
+
+    return Comparison(recipe, design, sweeper.run(jobs, out / "runs", finished=write), tuning)
+
+
+def _variants(recipe: Recipe, design: Design) -> dict[str, Recipe]:
+    """The recipe with each method and grid, by the name that a run's name begins with."""
+    variants: dict[str, Recipe] = {}
+    for method in design.methods:
+        variant = recipe.with_([f"optim.method={method}"])
+        if not variant.optim.trains_by.quantized:
+            variants[method] = variant
             continue
-        display.say(f"{display.label}: failed: {failures[name]}")
-    return Comparison(recipe, tuple(results), failures)
+        for bits in design.bits or [recipe.optim.bits]:
+            variants[f"{method}-b{bits}"] = variant.with_([f"optim.bits={bits}"])
+    return equal_gradients(variants) if design.budget == "gradients" else variants
 
 
-def rich_table(comparison: Comparison) -> Table:
-    """The table for a terminal of 80 columns: without the numbers that matter less for the task."""
-    columns = comparison.columns()
-    seeds = " and ".join(dict.fromkeys(columns.pop("seeds")))
-    columns.pop("train loss" if comparison.text else "test loss")
-    table = Table(title=f"{comparison.recipe.title} ({seeds} seeds)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for line in zip(*columns.values(), strict=True):
-        table.add_row(*line)
-    return table
+def _settings(variant: Recipe, *, tuned: bool) -> dict[str, str]:
+    optim = variant.optim
+    settings = {"method": optim.method, "bits": str(optim.bits) if optim.trains_by.quantized else "float"}
+    return settings | {"optim.lr": f"{optim.lr:g}"} if tuned else settings
 
 
-def _show_plan(runs: Iterable[Recipe], console: Console) -> None:
+def _labelled(run: Run) -> Run:
+    """The run with the settings that its line in a group's table needs."""
+    return replace(run, settings={name: value for name, value in run.settings.items() if name != "bits"})
+
+
+def _notes(recipe: Recipe, design: Design, variants: dict[str, Recipe]) -> list[str]:
+    """What has to be known about the budget: which method trains for how long."""
+    if design.budget == "steps":
+        return []
+    lengths: dict[str, None] = {}
+    for variant in variants.values():
+        every = variant.optim.schedule_every
+        schedule = f" (schedule_every {every})" if every is not None else ""
+        lengths[f"{variant.optim.method} {variant.train.epochs}{schedule}"] = None
+    return [
+        f"Equal gradient evaluations, to the nearest whole epoch; epochs, {recipe.train.epochs} in the recipe: "
+        f"{', '.join(lengths)}. Schedules are stretched in proportion."
+    ]
+
+
+def _show_plan(runs: Sequence[Recipe], console: Console) -> None:
     """Print what the parameters become, of the first run that quantizes."""
     run = next((run for run in runs if run.optim.trains_by.quantized), None)
     if run is not None:
@@ -175,15 +202,4 @@ def _show_plan(runs: Iterable[Recipe], console: Console) -> None:
         Display(console).say(f"{plan(build_groups(model, run.optim))}\n")
 
 
-def _write(comparison: Comparison, out: Path) -> None:
-    rows = [asdict(result) for result in comparison.results]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "results.csv", text.getvalue())
-    write_atomically(out / "results.json", json.dumps(rows, indent=2) + "\n")
-    columns = comparison.columns()
-    table = [list(columns), ["---"] + ["---:"] * (len(columns) - 1), *zip(*columns.values(), strict=True)]
-    markdown = "\n".join(f"| {' | '.join(line)} |" for line in table)
-    write_atomically(out / "results.md", f"# {comparison.recipe.title}\n\n{markdown}\n\n{comparison.conclusion()}\n")
+__all__ = ["Comparison", "Design", "Setting", "compare"]

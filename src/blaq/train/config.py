@@ -15,12 +15,14 @@ from typing import Literal
 from blaq.grids import Grid
 from blaq.train import toml
 from blaq.train.methods import METHODS, Method, Trial
+from blaq.train.sections import DataConfig, ModelConfig, ProbeConfig, TrainConfig, expect
 
 __all__ = [
     "METHODS",
     "DataConfig",
     "ModelConfig",
     "OptimConfig",
+    "ProbeConfig",
     "Recipe",
     "RuleConfig",
     "TrainConfig",
@@ -32,79 +34,11 @@ Granularity = int | Literal["tensor", "channel"]
 Solver = Literal["exact", "alternating"]
 
 
-def _expect(config: object, name: str, condition: bool, expected: str) -> None:
-    """Raise the ValueError of a setting out of range; conditions are written so that NaN fails them."""
-    if not condition:
-        raise ValueError(f"{type(config).__name__}({name}={getattr(config, name)!r}): expected {expected}.")
-
-
 def _expect_grid(owner: str, bits: int | str) -> None:
     try:
         Grid.parse(bits)
     except ValueError as error:
         raise ValueError(f"{owner}: {error}") from None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """Which examples a run sees, and in what portions."""
-
-    source: str
-    """``digits``, a hub name, a folder of Parquet files, a text file or its folder. Hub names and ``war_and_peace`` are
-    first looked up, by their last part, in the folder that the environment's BLAQ_DATA names."""
-
-    train: int | None = None
-    """Training examples (text: characters), at least 1; none takes all that validation leaves."""
-
-    validation: int | None = None
-    """Validation examples (text: characters), at least 1; none takes a tenth, or all of a validation file."""
-
-    test: int | None = None
-    """Test examples (text: characters), at least 1; none takes all of the test data (digits: a tenth)."""
-
-    split_seed: int = 0
-    """Seed of the split, 0 to 2^32 - 1; apart from `train.seed`, so that runs with other seeds share the split."""
-
-    batch_size: int = 100
-    """Examples (text: windows) a mini-batch, at least 1."""
-
-    augment: bool = False
-    """Whether training images are padded by 4 pixels, cropped at random and flipped at random."""
-
-    sequence: int | None = None
-    """Characters in a window of text, at least 1; none for images."""
-
-    image_size: int | None = None
-    """Height and width in pixels that images are resized to, at least 1; none keeps their size."""
-
-    def __post_init__(self) -> None:
-        _expect(self, "source", bool(self.source), "a name or a path")
-        for name in ("train", "validation", "test", "sequence", "image_size"):
-            value = getattr(self, name)
-            _expect(self, name, value is None or value >= 1, "at least 1, or none")
-        _expect(self, "split_seed", 0 <= self.split_seed < 2**32, "0 to 2^32 - 1")
-        _expect(self, "batch_size", self.batch_size >= 1, "at least 1")
-        if self.sequence is not None:
-            text = f"sequence={self.sequence} reads text, and this is for images"
-            _expect(self, "augment", not self.augment, f"false: {text}")
-            _expect(self, "image_size", self.image_size is None, f"none: {text}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """The network and its loss."""
-
-    name: str
-    """A name in `blaq.tasks.models.MODELS`, or ``hf:`` and a model type of transformers."""
-
-    loss: Literal["squared_hinge", "cross_entropy"] = "cross_entropy"
-    """What is minimised: the papers' L2-SVM (squared hinge), or the cross-entropy."""
-
-    options: Mapping[str, object] = field(default_factory=dict)
-    """Keyword arguments for `blaq.tasks.models.build_model`, which checks their names and values."""
-
-    def __post_init__(self) -> None:
-        _expect(self, "name", bool(self.name), "the name of a model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +58,7 @@ class RuleConfig:
         if self.bits is not None and self.bits != "float":
             _expect_grid(f"RuleConfig(bits={self.bits!r})", self.bits)
         if isinstance(self.granularity, int):
-            _expect(self, "granularity", self.granularity >= 1, "'tensor', 'channel', or a group size of at least 1")
+            expect(self, "granularity", self.granularity >= 1, "'tensor', 'channel', or a group size of at least 1")
         if not self.settings():
             raise ValueError("RuleConfig(): expected bits, granularity or solver; a rule without them does nothing.")
 
@@ -138,7 +72,7 @@ class RuleConfig:
 class OptimConfig:
     """The method, the grids, and the optimizer."""
 
-    method: Literal["float", "laq", "blaq", "past"] = "blaq"
+    method: Literal["float", "bwn", "laq", "blaq", "past", "delayed"] = "blaq"
     """How the weights are trained: a row of `METHODS`."""
 
     bits: int | str = 1
@@ -190,33 +124,33 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _expect_grid(f"OptimConfig(bits={self.bits!r})", self.bits)
         if isinstance(self.granularity, int):
-            _expect(self, "granularity", self.granularity >= 1, "'tensor', 'channel', or a group size of at least 1")
+            expect(self, "granularity", self.granularity >= 1, "'tensor', 'channel', or a group size of at least 1")
         for pattern, rule in self.rules.items():
             if not isinstance(rule, RuleConfig) and rule != "float":
                 _expect_grid(f"OptimConfig(rules.{pattern}={rule!r})", rule)
-        _expect(self, "lr", 0 < self.lr < math.inf, "a finite number > 0")
-        _expect(self, "betas", all(0 <= beta < 1 for beta in self.betas), "0 <= beta < 1 for both")
-        _expect(self, "eps", 0 < self.eps < math.inf, "a finite number > 0")
-        _expect(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a finite number >= 0")
-        _expect(self, "a", 0 <= self.a <= 1, "0 <= a <= 1 (weight of the gradient at the current point)")
-        _expect(self, "period", self.period >= 1, "at least 1 (epochs)")
-        _expect(self, "trial_every", self.trial_every >= 1, "at least 1 (steps)")
-        _expect(self, "clip", self.clip is None or 0 < self.clip < math.inf, "a finite number > 0, or none")
+        expect(self, "lr", 0 < self.lr < math.inf, "a finite number > 0")
+        expect(self, "betas", all(0 <= beta < 1 for beta in self.betas), "0 <= beta < 1 for both")
+        expect(self, "eps", 0 < self.eps < math.inf, "a finite number > 0")
+        expect(self, "weight_decay", 0 <= self.weight_decay < math.inf, "a finite number >= 0")
+        expect(self, "a", 0 <= self.a <= 1, "0 <= a <= 1 (weight of the gradient at the current point)")
+        expect(self, "period", self.period >= 1, "at least 1 (epochs)")
+        expect(self, "trial_every", self.trial_every >= 1, "at least 1 (steps)")
+        expect(self, "clip", self.clip is None or 0 < self.clip < math.inf, "a finite number > 0, or none")
         self._check_schedule()
 
     def _check_schedule(self) -> None:
         every, factor = self.schedule_every, self.schedule_factor
         if self.schedule == "step":
-            _expect(self, "schedule_every", every is not None and every >= 1, "at least 1, for schedule 'step'")
+            expect(self, "schedule_every", every is not None and every >= 1, "at least 1, for schedule 'step'")
         else:
             way_out = f"none: schedule {self.schedule!r} does not read it; set optim.schedule_every=none"
-            _expect(self, "schedule_every", every is None, way_out)
+            expect(self, "schedule_every", every is None, way_out)
         if self.schedule in ("step", "exponential"):
             expected = f"0 < factor < 1, for schedule {self.schedule!r}"
-            _expect(self, "schedule_factor", factor is not None and 0 < factor < 1, expected)
+            expect(self, "schedule_factor", factor is not None and 0 < factor < 1, expected)
         else:
             way_out = f"none: schedule {self.schedule!r} does not read it; set optim.schedule_factor=none"
-            _expect(self, "schedule_factor", factor is None, way_out)
+            expect(self, "schedule_factor", factor is None, way_out)
 
     @property
     def trains_by(self) -> Method:
@@ -243,30 +177,6 @@ class OptimConfig:
         return {
             pattern: rule.settings() if isinstance(rule, RuleConfig) else rule for pattern, rule in self.rules.items()
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How long, and with which seed."""
-
-    epochs: int
-    """Passes over the training data, at least 1."""
-
-    seed: int = 0
-    """Seed of initial weights, order of examples, augmentation and dropout, 0 to 2^32 - 1."""
-
-    threads: int | None = None
-    """CPU threads of torch, at least 1; none leaves torch's choice."""
-
-    gradient_clip: float | None = None
-    """Bound above 0 of the Euclidean norm of the whole gradient, for either gradient of a step; none leaves it free."""
-
-    def __post_init__(self) -> None:
-        _expect(self, "epochs", self.epochs >= 1, "at least 1")
-        _expect(self, "seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        _expect(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or none")
-        bound = self.gradient_clip
-        _expect(self, "gradient_clip", bound is None or 0 < bound < math.inf, "a finite number > 0, or none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,9 +209,12 @@ class Recipe:
     train: TrainConfig
     """How long, and with which seed."""
 
+    probes: ProbeConfig = field(default_factory=ProbeConfig)
+    """What is measured of the zig-zagging."""
+
     def __post_init__(self) -> None:
         named = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
-        _expect(self, "name", named, "a name that a folder can have")
+        expect(self, "name", named, "a name that a folder can have")
         if "period" not in self.optim.trains_by.ignores and self.optim.period > self.train.epochs:
             raise ValueError(
                 f"Recipe(optim.period={self.optim.period}, train.epochs={self.train.epochs}): expected period <= "

@@ -3,6 +3,8 @@
     recipe.toml        the complete recipe, every setting stated
     versions.json      what the run was computed with
     metrics.jsonl      one line of JSON an epoch
+    zigzag.jsonl       with probes: the measures of `blaq.zigzag`, a line for every layer an epoch and one for "total"
+    trajectories.jsonl with probes: a few weights of every layer at every probe, a line a layer
     checkpoints/       last.ckpt after every epoch, best.ckpt of the lowest validation error (the earliest, if tied)
     csv/ tensorboard/  the same numbers and the loss of single steps, as other tools read them
     result.json        the outcome
@@ -13,7 +15,7 @@ A run is finished when its result is there.
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +52,16 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         """One line an epoch."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def zigzag_file(self) -> Path:
+        """One line a layer and epoch, with probes."""
+        return self.path / "zigzag.jsonl"
+
+    @property
+    def trajectories_file(self) -> Path:
+        """One line a layer and probe, with probes."""
+        return self.path / "trajectories.jsonl"
 
     @property
     def _versions_file(self) -> Path:
@@ -91,7 +103,7 @@ class RunDirectory:
             raise ValueError(
                 f"{owner}: the directory holds {state}; continue it with --resume, or choose another with --out."
             )
-        changed = _differences(asdict(load_recipe(self.recipe_file)), asdict(recipe))
+        changed = differences(asdict(load_recipe(self.recipe_file)), asdict(recipe))
         if changed:
             raise ValueError(
                 f"{owner}: cannot resume, the run there has {'; '.join(changed)}; "
@@ -132,20 +144,15 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; a last line cut short by a kill is left out."""
-        if not self.metrics_file.exists():
-            return []
-        text = self.metrics_file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return read_rows(self.metrics_file)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add the line of an epoch."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.metrics_file, [row])
 
     def truncate_metrics(self, epochs: int) -> None:
         """Keep the lines of the first `epochs` epochs: what a checkpoint does not know did not happen."""
-        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epochs]
-        write_atomically(self.metrics_file, "".join(kept))
+        write_rows(self.metrics_file, [row for row in self.metrics() if row["epoch"] <= epochs])
 
 
 def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
@@ -160,6 +167,25 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
             f"{str(path)!r} holds no run: expected a directory that `blaq train` wrote, with a recipe.toml."
         )
     return directory, load_recipe(directory.recipe_file)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines, none if there is no file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines anew."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -182,10 +208,10 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _differences(before: object, now: object, key: str = "") -> list[str]:
+def differences(before: object, now: object, key: str = "") -> list[str]:
     """Where two trees of settings differ, as "train.epochs=3, not 4"."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         prefix = f"{key}." if key else ""
         names = [*before, *(name for name in now if name not in before)]
-        return [line for name in names for line in _differences(before.get(name), now.get(name), f"{prefix}{name}")]
+        return [line for name in names for line in differences(before.get(name), now.get(name), f"{prefix}{name}")]
     return [] if before == now else [f"{key}={before!r}, not {now!r}"]

@@ -1,17 +1,19 @@
 """What the weights of a run look like: per layer the scheme, the scales, and how often each level is taken."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from blaq.grids import Grid
 from blaq.optim.plan import plan, size
-from blaq.tasks.models import build_model
-from blaq.train.directory import Checkpoint, open_run
-from blaq.train.module import build_optimizer
+from blaq.train.directory import Checkpoint
+from blaq.train.restore import restore
 
 BARS = "▁▂▃▄▅▆▇█"
 COLUMNS = 32  # levels beyond that are shown together
@@ -19,17 +21,23 @@ COLUMNS = 32  # levels beyond that are shown together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One parameter of a run.
+    """One parameter of a run, or one tensor of a file.
 
     Attributes:
         name: of the parameter.
         shape: of the parameter.
-        scheme: name of the grid, or ``float``.
+        scheme: name of the grid, or ``float``; of a file's other tensors the dtype.
         scales: smallest and largest scale; None in float.
         levels: the integers of the grid, ascending; empty in float.
         counts: number of weights at each level.
-        bytes: stored size, packed.
+        bytes: stored size, packed, with its scales.
         note: why it is kept in float, what it is tied with.
+
+    Example:
+        >>> layer = Layer(name="fc", shape=(4, 5), scheme="ternary", scales=(0.1, 0.2), levels=(-1, 0, 1),
+        ...               counts=(5, 10, 5), bytes=20, note="")
+        >>> layer.bits_per_weight, layer.sparsity, layer.float_bytes
+        (8.0, 0.5, 80)
     """
 
     name: str
@@ -41,6 +49,28 @@ class Layer:
     bytes: int
     note: str
 
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def float_bytes(self) -> int:
+        """Size in float32."""
+        return 4 * self.weights
+
+    @property
+    def bits_per_weight(self) -> float:
+        """``8 bytes / weights``, scales included."""
+        return 8 * self.bytes / max(self.weights, 1)
+
+    @property
+    def sparsity(self) -> float | None:
+        """The share of weights that are zero; None in float, and on a grid without zero."""
+        if 0 not in self.levels or not self.weights:
+            return None
+        return self.counts[self.levels.index(0)] / self.weights
+
 
 def layers(run: Path, *, checkpoint: Checkpoint = "best") -> list[Layer]:
     """The parameters of a run's checkpoint, in the order of the optimizer's groups.
@@ -48,12 +78,7 @@ def layers(run: Path, *, checkpoint: Checkpoint = "best") -> list[Layer]:
     Raises:
         ValueError: no run there, or none whose first epoch has ended.
     """
-    directory, recipe = open_run(run)
-    state = torch.load(directory.existing(checkpoint), map_location="cpu", weights_only=True)
-    model = build_model(recipe.model.name, **recipe.model.options)
-    optimizer = build_optimizer(model, recipe.optim)
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state["state_dict"].items()})
-    optimizer.load_state_dict(state["optimizer_states"][0])
+    _, _, optimizer = restore(run, checkpoint)
     parameters = [(p, group["grid"]) for group in optimizer.param_groups for p in group["params"]]
     found = []
     for row, (parameter, grid) in zip(plan(optimizer.param_groups).rows, parameters, strict=True):
@@ -61,9 +86,8 @@ def layers(run: Path, *, checkpoint: Checkpoint = "best") -> list[Layer]:
         counts: tuple[int, ...] = ()
         scales = None
         if grid is not None:
-            levels = tuple(int(level) for level in Grid.parse(grid).levels)
-            codes, scale = optimizer.codes(parameter), optimizer.scale(parameter)
-            counts = tuple(torch.bincount(codes.flatten().long(), minlength=len(levels)).tolist())
+            levels, counts = occupied(Grid.parse(grid), optimizer.codes(parameter))
+            scale = optimizer.scale(parameter)
             scales = float(scale.min()), float(scale.max())
         found.append(
             Layer(
@@ -78,6 +102,17 @@ def layers(run: Path, *, checkpoint: Checkpoint = "best") -> list[Layer]:
             )
         )
     return found
+
+
+def occupied(grid: Grid, codes: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The levels of a grid, and how many of the codes stand at each.
+
+    Example:
+        >>> occupied(Grid.parse("ternary"), torch.tensor([0, 1, 1, 1], dtype=torch.uint8))
+        ((-1, 0, 1), (1, 3, 0))
+    """
+    levels = tuple(int(level) for level in grid.levels)
+    return levels, tuple(torch.bincount(codes.flatten(), minlength=len(levels)).tolist())
 
 
 def occupancy(levels: tuple[int, ...], counts: tuple[int, ...]) -> str:
@@ -106,11 +141,33 @@ def rich_table(found: list[Layer]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("layer", "shape", "scheme", "scale", "levels"):
         table.add_column(name, overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
+    for name in ("zero", "bits", "size", "float32"):
+        table.add_column(name, justify="right", no_wrap=True)
     for layer in found:
         shape = " x ".join(map(str, layer.shape)) or "scalar"
         low, high = (f"{scale:.4g}" for scale in layer.scales) if layer.scales else ("", "")
         scale = low if low == high else f"{low} .. {high}"
-        text = occupancy(layer.levels, layer.counts) if layer.levels else layer.note
-        table.add_row(layer.name, shape, layer.scheme, scale, text, size(layer.bytes))
+        text = occupancy(layer.levels, layer.counts) if layer.levels else ""
+        zero = "" if layer.sparsity is None else f"{100 * layer.sparsity:.1f} %"
+        sizes = f"{layer.bits_per_weight:.2f}", size(layer.bytes), size(layer.float_bytes)
+        notes = "; ".join(filter(None, (text, layer.note)))
+        table.add_row(layer.name, shape, layer.scheme, scale, notes, zero, *sizes)
     return table
+
+
+def totals(found: Iterable[Layer], stored: int | None = None) -> str:
+    """Size against float32, and bits a weight; `stored` bytes, where that is more than the layers'.
+
+    Example:
+        >>> layer = Layer(name="fc", shape=(1000,), scheme="binary", scales=(0.1, 0.1), levels=(-1, 1), counts=(500, 500),
+        ...               bytes=129, note="")
+        >>> totals([layer], stored=500)
+        '500 B, 4.0 kB in float32 (8.0x); 4.00 bits a weight'
+    """
+    found = list(found)
+    stored = sum(layer.bytes for layer in found) if stored is None else stored
+    weights, in_float = sum(layer.weights for layer in found), sum(layer.float_bytes for layer in found)
+    return (
+        f"{size(stored)}, {size(in_float)} in float32 ({in_float / max(stored, 1):.1f}x); "
+        f"{8 * stored / max(weights, 1):.2f} bits a weight"
+    )

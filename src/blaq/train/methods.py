@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-Trial = Literal["none", "fresh", "past"]
+Trial = Literal["none", "fresh", "past", "delayed"]
+Curvature = Literal["adam", "unit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,9 @@ class Method:
     trial: Trial
     """The `trial` argument of `blaq.BLAQ`: where the second gradient of a step comes from."""
 
+    curvature: Curvature = "adam"
+    """The `curvature` argument of `blaq.BLAQ`: the metric of the projection."""
+
     ignores: frozenset[str] = frozenset()
     """Names of the `optim` settings that this method does not read."""
 
@@ -42,6 +46,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             quantized=False,
             trial="none",
             ignores=_GRID_SETTINGS | _TRIAL_SETTINGS,
+        ),
+        "bwn": Method(
+            description="nearest level at the best scale, curvature 1, one gradient a step (BWN, TWN)",
+            quantized=True,
+            trial="none",
+            curvature="unit",
+            ignores=_TRIAL_SETTINGS,
         ),
         "laq": Method(
             description="loss-aware quantization, one gradient a step (Hou and Kwok, 2018)",
@@ -58,6 +69,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             description="one step forward and backtrack, the previous trial gradient reused: one gradient a step",
             quantized=True,
             trial="past",
+            ignores=frozenset({"period", "trial_every"}),
+        ),
+        "delayed": Method(
+            description="a control: blends in the gradient of the step before, no trial, one gradient a step",
+            quantized=True,
+            trial="delayed",
             ignores=frozenset({"period", "trial_every"}),
         ),
     }

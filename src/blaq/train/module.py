@@ -40,6 +40,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> BLAQ:
             a=optim.a,
             trial=method.trial,
             trial_every=optim.trial_every,
+            curvature=method.curvature,
             clip=optim.clip if method.quantized else None,
             module=model,
         )

@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from blaq.optim.plan import Plan, plan
 from blaq.tasks.data import Dataset, load_dataset
+from blaq.train import probes
 from blaq.train.config import DataConfig, Recipe
 from blaq.train.directory import Checkpoint, RunDirectory, open_run, write_atomically
 from blaq.train.display import Display
@@ -60,6 +62,9 @@ class Result:
     """All parameters, stored packed: codes, scales, and what is kept in float."""
     float_bytes: int
     """All parameters in float32."""
+    peak_memory: int | None = None
+    """Most bytes of main memory that the process held at once, Python and torch included, since it started or, after an
+    interruption, resumed; none where the system does not tell, and in results of versions that did not ask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +105,7 @@ def train(
     directory.check(recipe, resume=resume)
     if directory.finished:
         display.detail(f"{directory.path} is finished.")
-        return Result(**json.loads(directory.result_file.read_text(encoding="utf-8")))
+        return read_result(directory)
     with _settings(recipe.train.threads):
         module = TaskModule(recipe, dataset or load_data(recipe.data))
         module.check()
@@ -114,6 +119,11 @@ def train(
             result = _conclude(module, directory, journal, size)
             write_atomically(directory.result_file, json.dumps(asdict(result), indent=2) + "\n")
     return result
+
+
+def read_result(directory: RunDirectory) -> Result:
+    """The outcome of a finished run."""
+    return Result(**json.loads(directory.result_file.read_text(encoding="utf-8")))
 
 
 def evaluate(
@@ -148,15 +158,18 @@ def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journ
     resumed = last.exists()
     epochs, steps = _progress(last) if resumed else (0, None)
     directory.truncate_metrics(epochs)
+    probes.truncate(directory, epochs, steps or 0)
     if resumed:
         display.detail(f"Resumed after epoch {epochs} of {module.recipe.train.epochs}.")
     journal = Journal(directory, display)
+    config = module.recipe.probes
+    observers = [] if config.every is None else [probes.Probes(directory, config)]
     # Resuming adds csv/version_1, and to tensorboard/ a file that takes back the steps after the checkpoint.
     trainer = _trainer(
         max_epochs=module.recipe.train.epochs,
         gradient_clip_val=module.recipe.train.gradient_clip,
         log_every_n_steps=min(STEPS_BETWEEN_LOGS, len(module.training_batches)),
-        callbacks=[journal, display],
+        callbacks=[*observers, journal, display],
         logger=[
             CSVLogger(directory.path, name="csv"),
             TensorBoardLogger(directory.path, name="tensorboard", version="", purge_step=steps),
@@ -200,7 +213,18 @@ def _conclude(module: TaskModule, directory: RunDirectory, journal: Journal, siz
         parameters=size.quantized_weights + size.float_weights,
         bytes=size.bytes_packed,
         float_bytes=size.bytes_float32,
+        peak_memory=_peak_memory(),
     )
+
+
+def _peak_memory() -> int | None:
+    """Largest resident set of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _evaluate(module: TaskModule, checkpoint: Path, split: Literal["validation", "test"]) -> Evaluation:

@@ -1,0 +1,79 @@
+"""The application behind the command ``blaq``: what its commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+from typing_extensions import override
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+WIDTH_OF_FILES = 120
+
+
+class Commands(TyperGroup):
+    """Prints what a user can put right as one line on standard error, without a traceback."""
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, ImportError) and error.name is not None:
+                raise  # by an import, not by us: `blaq.__main__` says what to install
+            Console(stderr=True).print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)
+            raise typer.Exit(EXIT_REFUSED) from error
+        except KeyboardInterrupt as interrupt:
+            Console(stderr=True).print("Interrupted.")
+            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train neural networks with 1- to 8-bit weights, compare the methods, and look at what came out.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a name that `blaq list` shows.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting, as in optim.bits=2; may be given several times."
+    ),
+]
+
+
+class CheckpointName(StrEnum):
+    """The checkpoints of a run."""
+
+    best = "best"
+    last = "last"
+
+
+class SplitName(StrEnum):
+    """The data a run can be measured on."""
+
+    test = "test"
+    validation = "validation"
+
+
+CheckpointOption = Annotated[
+    CheckpointName, typer.Option(help="The epoch of the lowest validation error, or the last.")
+]
+
+
+def console() -> Console:
+    """Standard output, and in a file or a pipe room for every table."""
+    return Console() if Console().is_terminal else Console(width=WIDTH_OF_FILES)
+
+
+def say(text: str, *, stderr: bool = False) -> None:
+    """Print a line of plain text, however long."""
+    Console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,177 @@
+"""Export to OpenVINO, for x86 processors: torch's module converted, then quantized weights from their codes.
+
+OpenVINO's own simplifications are left to the moment when the runtime loads the file: a BatchNorm that they fold into a
+convolution, or the gates that they reorder in an LSTM, would leave other weights in the file than were trained.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from blaq.export.exporting import changing_axes, check_float32, check_target, export_checkpoint, export_model
+from blaq.export.layers import QuantizedWeight
+from blaq.optim.base import LatentOptimizer
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+    from blaq.export.openvino_weights import Container, Preset
+    from blaq.export.runtimes import Session
+    from blaq.export.verify import Verification
+
+__all__ = ["export_openvino", "export_run"]
+
+
+def export_openvino(
+    model: nn.Module,
+    opt: LatentOptimizer,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    path: str | Path,
+    preset: "Preset" = "exact",
+) -> Path:
+    """Write a trained model as an OpenVINO file, quantized weights packed, and verify it.
+
+    The weights are scale and codes of the optimizer, never rounded again: constants of 2, 4 or 8 bits, which stay packed
+    in memory where a Linear layer has them, and are unpacked at load elsewhere. The file appears only after OpenVINO has
+    shown the same weights bit for bit, and the same outputs on the example inputs, as torch. The model is left as it is.
+
+    Args:
+        model: float32; exported in evaluation mode.
+        opt: the `blaq.BLAQ` or `blaq.LAQ` that trains it; with ``trial="past"`` the weights of ``opt.eval()`` are written.
+        example_inputs: what the model is called with. The first axis of every input may change, and of integers of two
+            dimensions (tokens) the second.
+        path: of the file, ending in ``.xml``; the weights go beside it, into a file that ends in ``.bin``.
+        preset: ``"exact"``: float32 arithmetic; ``"fast"``: Linear layers with activations rounded to 8 bits. OpenVINO
+            computes in bfloat16 by itself where the processor can: load the file with `blaq.export.runtimes.open_session`,
+            or pass ``INFERENCE_PRECISION_HINT=f32``; the other setting that matters is in the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: a quantized weight that the converted graph does not have as it is, or that is not float32; a model that
+            OpenVINO cannot convert; another path, preset or optimizer. `VerificationError`: the runtime disagrees; no file
+            then.
+        ImportError: openvino is missing.
+
+    Example:
+        >>> import blaq, tempfile, torch
+        >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> opt = blaq.LAQ(blaq.param_groups(model, bits=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = export_openvino(model, opt, torch.randn(4, 256), Path(folder) / "model.xml")
+        ...     file.name, file.with_suffix(".bin").stat().st_size < 5000
+        ('model.xml', True)
+    """
+    to_graph = functools.partial(to_openvino, preset=preset)
+    return export_model(model, opt, example_inputs, _target(path, preset), to_graph, unverified)
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    checkpoint: Literal["best", "last"] = "best",
+    preset: "Preset" = "exact",
+    report: "Callable[[Verification], None] | None" = None,
+) -> Path:
+    """Write a run's checkpoint as an OpenVINO file, and verify it on the run's validation data; see `export_openvino`.
+
+    Args:
+        run: the run directory.
+        out: path of the file, ending in ``.xml``.
+        checkpoint: the epoch of the lowest validation error, or the last.
+        preset: as in `export_openvino`.
+        report: called with the outcome of the verification.
+
+    Raises:
+        ValueError: no run there, or none whose first epoch has ended; else as `export_openvino`.
+    """
+    to_graph = functools.partial(to_openvino, preset=preset)
+    return export_checkpoint(run, _target(out, preset), checkpoint, to_graph, unverified, report)
+
+
+def to_openvino(
+    model: nn.Module,
+    weights: list[QuantizedWeight],
+    inputs: tuple[Tensor, ...],
+    preset: "Preset",
+    recipe: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+) -> "ov.Model":
+    """The graph of a model in evaluation mode with its quantized weights packed, and a description of them."""
+    from blaq.export.openvino_graph import convert, hold, outputs_of_layers
+    from blaq.export.openvino_session import FORMAT_VERSION, settings
+
+    check_float32("export_openvino", weights)
+    graph = convert(model, inputs)
+    for value, x in zip(graph.inputs, inputs, strict=True):
+        value.get_node().set_partial_shape(_shape(x))
+    graph.validate_nodes_and_infer_types()
+    containers = {weight.name: hold(graph, weight, preset) for weight in weights}
+    graph.validate_nodes_and_infer_types()
+    outputs = outputs_of_layers(graph, weights)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "format": "openvino",
+        "preset": preset,
+        "recipe": recipe,
+        "data": data,
+        "inputs": [{"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for x in inputs],
+        "weights": {
+            weight.name: {**_description(weight, containers[weight.name]), "output": outputs.get(weight.name)}
+            for weight in weights
+        },
+    }
+    graph.set_rt_info(json.dumps(description), ["blaq"])
+    # The one setting that OpenVINO itself reads from a file.
+    option = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+    graph.set_rt_info(settings(preset)[option], ["runtime_options", option])
+    return graph
+
+
+def _description(weight: QuantizedWeight, container: "Container") -> dict[str, Any]:
+    return {
+        "grid": weight.grid.name,
+        "granularity": weight.granularity,
+        "shape": list(weight.shape),
+        "container": container.element,
+        "holds": container.holds,
+        "bits": container.bits,
+        "padding": container.padding(weight.shape[-1]),
+        "note": container.note,
+    }
+
+
+@contextmanager
+def unverified(graph: "ov.Model", path: Path) -> "Iterator[Session]":
+    """The session of two files that get their names when the block ends, and are gone if the block raises."""
+    from blaq.export.openvino_session import write
+    from blaq.export.runtimes import open_session
+
+    partial = path.with_name(f".{path.stem}.partial.xml")
+    try:
+        write(graph, partial)
+        yield open_session(partial)
+        os.replace(partial.with_suffix(".bin"), path.with_suffix(".bin"))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        partial.with_suffix(".bin").unlink(missing_ok=True)
+
+
+def _shape(x: Tensor) -> "ov.PartialShape":
+    """The shape of an input, -1 for axes that may change."""
+    import openvino as ov
+
+    changes = changing_axes(x)
+    return ov.PartialShape([-1 if axis in changes else size for axis, size in enumerate(x.shape)])
+
+
+def _target(path: str | Path, preset: str) -> Path:
+    return check_target("export_openvino", path, preset, ".xml", ("openvino",), "openvino")

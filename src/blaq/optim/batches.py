@@ -1,0 +1,115 @@
+"""Which parameters are stepped together: as one matrix in rows, in which each row has scales of its own.
+
+Small parameters of the same shape in rows become one matrix, so that a network of many small layers does not pay for
+Python once a layer; a large parameter is its own matrix, without a copy.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from blaq.grids import Grid
+from blaq.optim.held import State
+from blaq.optim.passes import How
+from blaq.optim.update import Group
+
+TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Parameters of one group, dtype, device, shape in rows, and step count.
+
+    Attributes:
+        group: their group.
+        t: the step that they are about to take, from 1.
+        rows: of each parameter.
+        parameters, gradients, states: aligned.
+    """
+
+    group: Group
+    t: int
+    rows: int
+    parameters: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    states: Sequence[State]
+
+    @property
+    def how(self) -> How | None:
+        """What their passes are compiled for; None without a grid. The first step with a gradient is solved exactly."""
+        if self.group["grid"] is None:
+            return None
+        solver = "exact" if self.t == 1 else self.group["solver"]
+        return How(Grid.parse(self.group["grid"]), solver, self.group["curvature"])
+
+    def take(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The tensors, one a parameter and of its shape, as one matrix (rows of all, N): for a single one a view."""
+        return _joined([self._in_rows(t) for t in tensors])
+
+    def put(self, matrix: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Write the rows of a matrix back to where `take` had them from."""
+        if len(tensors) > 1 or tensors[0].stride() != self._like.stride():  # else it was changed in place
+            self.put_new(matrix, tensors)
+
+    def put_new(self, matrix: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Write the rows of a matrix into tensors, one a parameter and of its shape."""
+        like = self._like
+        starts = [i * like.numel() for i in range(len(tensors))]
+        torch._foreach_copy_(list(tensors), [matrix.as_strided(like.shape, like.stride(), start) for start in starts])
+
+    def state(self, key: str) -> list[Tensor]:
+        """An entry of all states."""
+        return [state[key] for state in self.states]
+
+    @property
+    def latents(self) -> list[Tensor]:
+        """The latent weights; a parameter that has none is its own."""
+        return [state.get("latent", p) for state, p in zip(self.states, self.parameters, strict=True)]
+
+    def scales(self) -> Tensor:
+        """The scales that the projection starts from, (rows of all, S)."""
+        return _joined(self.state("scale"))
+
+    def next(self) -> "Batch":
+        """The same parameters one step on."""
+        return replace(self, t=self.t + 1)
+
+    @property
+    def _like(self) -> Tensor:
+        """Where the entries of a parameter of this batch lie in memory: densely, and row by row."""
+        like: Tensor = self.states[0]["exp_avg"]
+        return like
+
+    def _in_rows(self, tensor: Tensor) -> Tensor:
+        like = self._like
+        if tensor.stride() != like.stride():
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+        columns = tensor.numel() // max(self.rows, 1)
+        if tensor.is_contiguous():
+            return tensor.view(self.rows, columns)
+        return tensor.as_strided((self.rows, columns), (columns, 1))
+
+
+def batches(entries: Iterable[tuple[Group, Tensor, Tensor, State]]) -> list[Batch]:
+    """Sort parameters with gradients into batches, about to take their next step."""
+    found: dict[tuple[object, ...], list[tuple[Group, Tensor, Tensor, State]]] = {}
+    for entry in entries:
+        group, p, grad, state = entry
+        like = state["exp_avg"]
+        alone = id(p) if p.numel() > TOGETHER_UP_TO else None
+        kind = (tuple(p.shape), like.stride(), p.dtype, grad.dtype, p.device)
+        past = (int(state["step"]), int(state.get("trial_step", 0)))
+        found.setdefault((id(group), *kind, *past, alone), []).append(entry)
+    return [_batch(entries) for entries in found.values()]
+
+
+def _batch(entries: list[tuple[Group, Tensor, Tensor, State]]) -> Batch:
+    groups, parameters, gradients, states = zip(*entries, strict=True)
+    rows = len(states[0]["scale"]) if "scale" in states[0] else 1
+    return Batch(groups[0], int(states[0]["step"]) + 1, rows, parameters, gradients, states)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,0 +1,175 @@
+"""The passes over the weights that a step makes: the update with what the projection needs, and writing the values.
+
+Plain functions of matrices in rows, (R, N), and of numbers; run as they are, or compiled. Compiled code goes over the
+memory twice a step: once to advance moments and latent weights and to add up what the scale needs, once to write.
+"""
+
+import functools
+import logging
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blaq.exact import exact
+from blaq.grids import Grid
+from blaq.optim import update
+from blaq.optim.update import Rates
+from blaq.projection import dequantize, nearest_levels
+from blaq.solvers import follow
+
+COMPILED_FROM = (
+    2**20
+)  # weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short
+# Rows that are added up on their own are loops of their own: better to compute an entry twice than to store it between them.
+_ROWS_APART: dict[str, Any] = {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000}
+_COMPILERS = (2, 13)  # torch from which compiled sums are as exact as those of torch itself
+
+_log = logging.getLogger("blaq")
+
+
+class How(NamedTuple):
+    """What a pass is compiled for."""
+
+    grid: Grid
+    solver: str
+    curvature: str
+
+
+def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, apart: float | Tensor, r: Rates, how: How) -> Tensor:
+    """A step of LAQ, in place: its scale (R, S), or for the exact solver the metric d."""
+    return _scale_or_metric(w, update.laq(w, m, v, g, r), scale, apart, how)
+
+
+def forward(
+    w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, apart: float | Tensor, r: Rates, how: How
+) -> tuple[Tensor, Tensor]:
+    """The trial point w*; its scale, or the metric d."""
+    w_trial, d = update.forward(w, m, v, g, r)
+    return w_trial, _scale_or_metric(w_trial, d, scale, apart, how)
+
+
+def backtrack(
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    g_trial: Tensor,
+    scale: Tensor,
+    apart: float | Tensor,
+    r: Rates,
+    how: How,
+) -> Tensor:
+    """The step with both gradients, in place: its scale, or the metric d'."""
+    return _scale_or_metric(w, update.backtrack(w, m, v, g, g_trial, r), scale, apart, how)
+
+
+def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
+    """Let p hold the quantized values of w."""
+    p.copy_(dequantize(nearest_levels(w, scale, how.grid), scale, how.grid))
+
+
+def solve(w: Tensor, found: Tensor, how: How) -> Tensor:
+    """The scale, float32 (R, S), from what a pass returned."""
+    if how.solver == "alternating":
+        return found
+    if not w.numel():
+        return torch.zeros(w.shape[0], how.grid.scales, device=w.device)
+    d = torch.ones_like(w) if how.curvature == "unit" else found
+    columns = [exact(u, d_side, how.grid) / how.grid.largest for u, d_side in _sides(w, d, how.grid)]
+    return torch.cat(columns, 1).float()
+
+
+def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, apart: float | Tensor, how: How) -> Tensor:
+    if how.solver == "exact":
+        return d
+    if not w.numel():
+        return scale
+    d = torch.ones_like(d) if how.curvature == "unit" else d
+    sides = _sides(w, d, how.grid)
+    last = [scale[:, i : i + 1].to(w.dtype) for i in range(how.grid.scales)]
+    found = [follow(u, d, how.grid, start, apart) for (u, d), start in zip(sides, last, strict=True)]
+    return torch.cat(found, 1).float()
+
+
+def _sides(w: Tensor, d: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]:
+    """Magnitudes and metric of each scale of a row: with two, entries of the other sign have no weight."""
+    if not grid.two_scales:
+        return [(w.abs(), d)]
+    below = w < 0
+    return [(torch.where(side, w.abs(), 0.0), torch.where(side, d, 0.0)) for side in (below, ~below)]
+
+
+# --- compiled or not ------------------------------------------------------------------------------------------------------
+
+
+def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, apart: float, how: How, fast: bool) -> Any:
+    """A pass over tensors, compiled where `fast` and where it can be."""
+    if not fast or not _Compiler.usable():
+        return function(*tensors, apart, r, how)
+    like = tensors[0]
+    given = [value for value in (apart, *r) if value is not None]
+    numbers = torch.tensor(given, dtype=like.dtype, device=like.device)
+    absent = tuple(value is None for value in (apart, *r))
+    key = (function, how, absent, tensors[-1].shape[0] > 1)
+    return _Compiler.call(key, (*tensors, numbers), lambda: function(*tensors, apart, r, how))
+
+
+def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
+    """`write`, compiled where `fast` and where it can be."""
+    if fast and _Compiler.usable():
+        _Compiler.call((write, how, None, False), (p, w, scale), lambda: write(p, w, scale, how))
+    else:
+        write(p, w, scale, how)
+
+
+class _Compiler:
+    """torch.compile, once for a pass and how it is used; given up, with a line in the log, where it does not work."""
+
+    broken = False
+
+    @classmethod
+    def usable(cls) -> bool:
+        return not cls.broken and not torch.compiler.is_compiling()
+
+    @classmethod
+    def call(
+        cls,
+        key: tuple[Callable[..., Any], How, tuple[bool, ...] | None, bool],
+        tensors: tuple[Tensor, ...],
+        plain: Callable[[], Any],
+    ) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler about torch's own code
+                return _compiled(*key)(*tensors)
+        except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
+            cls.broken = True
+            _log.warning(
+                "torch.compile does not work here, steps run uncompiled (slower): %s", " ".join(str(error).split()[:40])
+            )
+            return plain()
+
+
+@functools.cache
+def _compiled(
+    function: Callable[..., Any], how: How, absent: tuple[bool, ...] | None, many_rows: bool
+) -> Callable[..., Any]:
+    """The pass with its numbers in one tensor, the last argument; those absent are None."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _COMPILERS:
+        raise RuntimeError(f"torch {torch.__version__} is older than {'.'.join(map(str, _COMPILERS))}")
+
+    def with_numbers(*arguments: Tensor) -> Any:
+        if absent is None:
+            return function(*arguments, how)
+        *tensors, numbers = arguments
+        values = iter(numbers.unbind())
+        apart, *rates = [None if missing else next(values) for missing in absent]
+        return function(*tensors, apart, Rates(*rates), how)  # type: ignore[arg-type]
+
+    # torch.compile keeps what it compiled with the code object, and only some of it: each pass has one of its own.
+    own = types.FunctionType(with_numbers.__code__.replace(), globals(), closure=with_numbers.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True, options=_ROWS_APART if many_rows else {})

@@ -1,0 +1,113 @@
+"""A step of a batch of parameters, from its state to its state."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blaq.optim import passes, update
+from blaq.optim.batches import Batch
+from blaq.optim.update import Rates
+from blaq.solvers import steps_apart
+
+
+def one_gradient(batch: Batch, trial: str, fast: bool) -> None:
+    """A step of LAQ, of "past", or of "delayed"."""
+    remembered = batch.state("trial_grad") if trial in ("past", "delayed") else []
+    if remembered and batch.states[0]["trial_step"] > 0:
+        # "past": the last trial gradient stands in for g. "delayed": the last gradient for that of a trial.
+        here, there = (remembered, batch.gradients) if trial == "past" else (batch.gradients, remembered)
+        two_gradients(batch, here, there, fast, write=trial != "past")
+    else:
+        w, m, v, g = _taken(batch, batch.gradients)
+        _count(batch)
+        r = Rates.of(batch.group, batch.t)
+        if batch.how is None:
+            update.laq(w, m, v, g, r)
+        else:
+            scale = batch.scales()
+            how = batch.how if trial != "past" else batch.how._replace(solver="exact")
+            found = passes.run(passes.laq, (w, m, v, g, scale), r, steps_apart(batch.t), how, fast)
+            if trial != "past":
+                _write(batch, w, passes.solve(w, found, batch.how), fast)
+        _put(batch, w, m, v)
+    if remembered:
+        torch._foreach_copy_(remembered, list(batch.gradients))
+        for state in batch.states:
+            state["trial_step"].fill_(batch.t)
+    if trial == "past":
+        _hold_next_trial(batch, fast)
+
+
+def two_gradients(
+    batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor], fast: bool, *, write: bool = True
+) -> None:
+    """Back from the trial point and on with the blend of both gradients."""
+    w, m, v, g = _taken(batch, first)
+    g_trial = batch.take(second).to(m.dtype)
+    _count(batch)
+    r = Rates.of(batch.group, batch.t)
+    if batch.how is None:
+        update.backtrack(w, m, v, g, g_trial, r)
+    else:
+        tensors = (w, m, v, g, g_trial, batch.scales())
+        how = batch.how if write else batch.how._replace(solver="exact")  # which leaves the scale for later
+        found = passes.run(passes.backtrack, tensors, r, steps_apart(batch.t), how, fast)
+        if write:
+            _write(batch, w, passes.solve(w, found, batch.how), fast)
+    _put(batch, w, m, v)
+
+
+def to_trial_point(batch: Batch, fast: bool) -> list[Tensor]:
+    """Let the parameters hold the trial point; nothing of the state changes. Returns its scales, one a parameter."""
+    w, m, v, g = _taken(batch, batch.gradients)
+    return _ahead(batch, w, m, v, g, fast)
+
+
+def _hold_next_trial(batch: Batch, fast: bool) -> None:
+    """ "past": where a step along the newest trial gradient would lead."""
+    ahead = batch.next()
+    w, m, v, g = _taken(ahead, ahead.gradients)
+    for state, scale in zip(ahead.states, _ahead(ahead, w, m, v, g, fast), strict=False):
+        state["scale"] = scale
+
+
+def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor, fast: bool) -> list[Tensor]:
+    r = Rates.of(batch.group, batch.t)
+    if batch.how is None:
+        batch.put_new(update.forward(w, m, v, g, r)[0], batch.parameters)
+        return []
+    tensors = (w, m, v, g, batch.scales())
+    w_trial, found = passes.run(passes.forward, tensors, r, steps_apart(batch.t), batch.how, fast)
+    scale = passes.solve(w_trial, found, batch.how)
+    _write_values(batch, w_trial, scale, fast)
+    return list(torch.split(scale, batch.rows))
+
+
+def _taken(batch: Batch, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m = batch.take(batch.state("exp_avg"))
+    return batch.take(batch.latents), m, batch.take(batch.state("exp_avg_sq")), batch.take(gradients).to(m.dtype)
+
+
+def _put(batch: Batch, w: Tensor, m: Tensor, v: Tensor) -> None:
+    batch.put(w, batch.latents)
+    batch.put(m, batch.state("exp_avg"))
+    batch.put(v, batch.state("exp_avg_sq"))
+
+
+def _count(batch: Batch) -> None:
+    torch._foreach_add_(batch.state("step"), 1)
+
+
+def _write(batch: Batch, w: Tensor, scale: Tensor, fast: bool) -> None:
+    for state, piece in zip(batch.states, torch.split(scale, batch.rows), strict=True):
+        state["scale"] = piece.clone() if len(batch.states) > 1 else piece
+    _write_values(batch, w, scale, fast)
+
+
+def _write_values(batch: Batch, w: Tensor, scale: Tensor, fast: bool) -> None:
+    assert batch.how is not None
+    alone = len(batch.parameters) == 1
+    p = batch.take(batch.parameters) if alone else torch.empty_like(w, dtype=batch.parameters[0].dtype)
+    passes.run_write(p, w, scale, batch.how, fast)
+    batch.put(p, batch.parameters)

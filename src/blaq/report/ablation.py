@@ -1,0 +1,155 @@
+"""Figures of settings: a heat map over two, points with their spread over one."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from blaq.report.contrast import validation_field
+from blaq.report.figures import BLUE, BLUES, VERMILLION, Figure, View, axis_label, base_layout, encoded
+from blaq.report.panels import Panel, Variant
+from blaq.report.rules import standing
+from blaq.report.settings import method_name, setting_text
+from blaq.report.words import loss_digits
+from blaq.train.statistics import paired
+
+FIELDS = {
+    "test_error": "test error (%)",
+    "test_loss": "test loss",
+    "train_loss": "training loss",
+}
+
+
+def ablations(panel: Panel, slug: str, *, text: bool) -> Iterator[Figure]:
+    """A figure for every method that was run with several settings: of one setting points, of two or more heat maps."""
+    for method in dict.fromkeys(variant.method for variant in panel.variants):
+        variants = [variant for variant in panel.variants if variant.method == method]
+        names = [name for name in panel.varied if len(_values(variants, name)) > 1]
+        where = f"{slug}-{method}"
+        if len(names) == 1:
+            yield _points(panel, variants, names[0], where, text=text)
+        elif names:
+            yield from _heat_maps(panel, variants, names, where, text=text)
+
+
+def _values(variants: Sequence[Variant], name: str) -> list[Any]:
+    found = {variant.settings.get(name) for variant in variants}
+    return sorted(
+        found, key=lambda value: (not isinstance(value, int | float), value if value is not None else math.inf)
+    )
+
+
+def _fields(text: bool) -> list[str]:
+    return ["test_loss", "train_loss"] if text else ["test_error", "train_loss"]
+
+
+def _spread(variant: Variant, name: str) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for one seed) of a field over the seeds."""
+    values = list(variant.results(name).values())
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return variant.mean(name), sd
+
+
+def _shown(variant: Variant, name: str) -> str:
+    mean, sd = _spread(variant, name)
+    digits = 2 if name == "test_error" else loss_digits(mean)
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+
+
+def _title(panel: Panel, variants: Sequence[Variant], name: str, *, text: bool) -> str:
+    """The setting that validation data choose, and where LAQ stands to it."""
+    best = min(variants, key=lambda variant: variant.mean(validation_field(text)))
+    what = FIELDS[name].removesuffix(" (%)")
+    title = f"Validation data choose {best.label}: {what} {_shown(best, name)}"
+    laq = next((variant for variant in panel.controls if variant.method == "laq"), None)
+    if laq is None or laq is best:
+        return title
+    stands = standing(paired(best.results(name), laq.results(name)))
+    said = {"ahead": "lower", "behind": "higher", "level": "within seed noise of LAQ's", "unknown": "beside LAQ's"}
+    joined = said[stands] + (" than LAQ's" if stands in ("ahead", "behind") else "")
+    return f"{title}, {joined} {_shown(laq, name)}"
+
+
+def _caption(variants: Sequence[Variant]) -> str:
+    seeds = sorted({len(variant.runs) for variant in variants})
+    of = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    spread = "mean ± one standard deviation" if seeds[-1] > 1 else "one run"
+    return f"Every value is the {spread} of {of} {'seed' if seeds == [1] else 'seeds'}, at the end of training."
+
+
+def _heat_maps(
+    panel: Panel, variants: Sequence[Variant], names: Sequence[str], slug: str, *, text: bool
+) -> Iterator[Figure]:
+    """A map over the first two settings for every combination of the others."""
+    rows, columns, *others = names
+    for number, rest in enumerate(product(*(_values(variants, name) for name in others))):
+        fixed = dict(zip(others, rest, strict=True))
+        members = [v for v in variants if all(v.settings.get(name) == value for name, value in fixed.items())]
+        if len(members) > 1:
+            label = ", ".join(setting_text(name, value) for name, value in fixed.items())
+            yield _heat_map(
+                panel, members, (rows, columns), f"{slug}-{number + 1}" if others else slug, label, text=text
+            )
+
+
+def _heat_map(
+    panel: Panel, variants: Sequence[Variant], names: tuple[str, str], slug: str, label: str, *, text: bool
+) -> Figure:
+    rows, columns = (_values(variants, name) for name in names)
+    at = {(variant.settings.get(names[0]), variant.settings.get(names[1])): variant for variant in variants}
+    grid = [[at.get((row, column)) for column in columns] for row in rows]
+    y = {}
+    for name in _fields(text):
+        shown = [[_shown(cell, name) if cell else "" for cell in line] for line in grid]
+        values = [[cell.mean(name) if cell else None for cell in line] for line in grid]
+        trace = {"z": values, "text": shown}
+        y[name] = View(FIELDS[name], [trace])
+    trace = {
+        "type": "heatmap", "x": [_tick(value) for value in columns], "y": [_tick(value) for value in rows],
+        "colorscale": [[index / (len(BLUES) - 1), colour] for index, colour in enumerate(BLUES)],
+        "texttemplate": "%{text}", "showscale": False, "textfont": {"color": "#1B1F24"}, "xgap": 2, "ygap": 2,
+        "hovertemplate": "%{y}, %{x}: %{text}<extra></extra>",
+    }  # fmt: skip
+    layout = base_layout()
+    layout["xaxis"] |= {"type": "category", "title": {"text": axis_label(names[1])}, "showgrid": False}
+    layout["yaxis"] |= {"type": "category", "title": {"text": axis_label(names[0])}, "showgrid": False}
+    method = method_name(variants[0].method)
+    caption = f"{method}{f', {label}' if label else ''}. The darker, the worse. {_caption(variants)}"
+    titles = {f"{name} ": _title(panel, variants, name, text=text) for name in y}
+    return Figure(slug, titles, caption, [trace], layout, y, height=150 + 44 * len(rows))
+
+
+def _points(panel: Panel, variants: Sequence[Variant], setting: str, slug: str, *, text: bool) -> Figure:
+    ordered = sorted(variants, key=lambda variant: _values(variants, setting).index(variant.settings.get(setting)))
+    values = [variant.settings.get(setting) for variant in ordered]
+    laq = next((v for v in panel.controls if v.method == "laq" and v not in variants), None)
+    y = {}
+    for name in _fields(text):
+        spread = [_spread(variant, name) for variant in ordered]
+        sds = [0.0 if math.isnan(sd) else sd for _, sd in spread]
+        layers: list[Mapping[str, Any]] = [
+            {"y": encoded([mean for mean, _ in spread]), "error_y": {"type": "data", "array": sds, "thickness": 1.5}}
+        ]
+        if laq is not None:
+            layers.append({"y": encoded([laq.mean(name)] * len(ordered))})
+        y[name] = View(FIELDS[name], [dict(layer) for layer in layers], {"yaxis.title.text": FIELDS[name]})
+    x = [_tick(value) for value in values]
+    traces: list[dict[str, Any]] = [{
+        "type": "scatter", "mode": "lines+markers", "name": method_name(variants[0].method), "x": x,
+        "line": {"color": VERMILLION, "width": 1}, "marker": {"size": 8, "color": VERMILLION},
+    }]  # fmt: skip
+    if laq is not None:
+        traces.append(
+            {"type": "scatter", "mode": "lines", "name": "LAQ", "x": x, "line": {"color": BLUE, "dash": "dash"}}
+        )
+    layout = base_layout()
+    layout["xaxis"] |= {"type": "category", "title": {"text": axis_label(setting)}}
+    caption = f"{method_name(variants[0].method)}. {_caption(variants)}"
+    titles = {f"{name} ": _title(panel, variants, name, text=text) for name in y}
+    return Figure(slug, titles, caption, traces, layout, y)
+
+
+def _tick(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,291 @@
+"""Figures as plotly takes them, with the words around them; the page shows them and `static` writes them as files."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blaq.report.contrast import AXIS_WORDS, challengers, compare, difference_at, featured, late_mean
+from blaq.report.panels import Band, Panel, Variant
+from blaq.report.rules import standing
+from blaq.report.settings import setting_name
+
+# Okabe and Ito (2008): told apart with any common colour vision. Grey in place of black, and no yellow: both have to
+# be seen on white and on dark.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, GREY = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F",
+)  # fmt: skip
+COLOURS = {"laq": BLUE, "blaq": VERMILLION, "past": GREEN, "delayed": PURPLE, "bwn": ORANGE, "float": GREY}
+CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY, "#8C510A")
+DASHES = {"laq": "solid", "blaq": "solid", "past": "dash", "delayed": "dot", "bwn": "dashdot", "float": "longdash"}
+BLUES = ("#E8F1FA", "#C6DBEF", "#9ECAE1", "#6BAED6", "#4292C6")  # black text can be read on all of them
+CIVIDIS = ("#00224E", "#35456C", "#666970", "#948E77", "#C8B866", "#FEE838")
+
+MAX_POINTS = 500  # of a curve; longer ones show every k-th epoch
+MAX_LEGEND = 12  # entries; beyond that the hover text names the curves
+
+MEASURES = {
+    "train_loss": "training loss",
+    "validation_error": "validation error (%)",
+    "validation_loss": "validation loss",
+}
+ZIGZAG_MEASURES = {
+    "zigzag_rate": "zig-zag rate (% of steps)",
+    "gradient_cosine": "cosine of successive gradients",
+    "flip_rate": "flip rate (% of weights a step)",
+    "oscillation_frequency": "oscillation (% of steps)",
+    "path_efficiency": "path efficiency",
+    "gradient_error": "gradient error (relative)",
+    "trial_agreement": "trial agreement (cosine)",
+}
+PERCENT = frozenset({"zigzag_rate", "flip_rate", "oscillation_frequency"})
+
+Trace = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One position of a switch: what it changes.
+
+    Attributes:
+        label: in the switch.
+        traces: for each trace of the figure the entries to put over it.
+        layout: entries to put over the layout.
+    """
+
+    label: str
+    traces: Sequence[Trace]
+    layout: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart with its switches.
+
+    Attributes:
+        slug: name of its files, and its place in the page.
+        titles: the finding for each pair of positions of the switches, by ``"y x"``.
+        caption: what is drawn, how it was computed.
+        traces: what no switch changes.
+        layout: the same.
+        y: positions of the switch for the measure; the first is shown first. At least one.
+        x: positions of the switch for the horizontal axis. At least one.
+        height: in pixels.
+    """
+
+    slug: str
+    titles: Mapping[str, str]
+    caption: str
+    traces: Sequence[Trace]
+    layout: Mapping[str, Any]
+    y: Mapping[str, View]
+    x: Mapping[str, View] = field(default_factory=dict)
+    height: int = 380
+
+    @property
+    def alt(self) -> str:
+        """What a reader who does not see the chart is told."""
+        return f"Chart: {next(iter(self.titles.values()))}. {self.caption}"
+
+
+def encoded(values: NDArray[Any] | Sequence[float]) -> dict[str, str]:
+    """Numbers as plotly reads them in a third of the room of text: base64 of little-endian float32."""
+    return {"dtype": "f4", "bdata": base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode("ascii")}
+
+
+def thinned(epochs: int) -> NDArray[np.intp]:
+    """The epochs of a curve that are drawn: all, or every k-th counted back from the last.
+
+    Example:
+        >>> thinned(3).tolist(), len(thinned(1000)), thinned(1000)[[0, 1, -1]].tolist()
+        ([0, 1, 2], 500, [1, 3, 999])
+    """
+    every = -(-epochs // MAX_POINTS)
+    return np.arange(epochs - 1, -1, -every)[::-1]
+
+
+def convergence(panel: Panel, slug: str, *, text: bool) -> Figure:
+    """Training and validation curves of a panel, per step and per gradient evaluation."""
+    names = ["train_loss", "validation_loss"] if text else ["train_loss", "validation_error", "validation_loss"]
+    measures = {name: [variant.band(name) for variant in panel.variants] for name in names}
+    logarithmic = {
+        name: name.endswith("loss") and all((band.mean > 0).all() for band in bands) for name, bands in measures.items()
+    }
+    titles = {
+        f"{name} {axis}": _convergence_title(panel, name, axis, text=text) for name in names for axis in AXIS_WORDS
+    }
+    labels = {name: MEASURES[name] for name in names}
+    return _curves(panel.variants, measures, labels, logarithmic, titles, slug, _seeds_caption(panel.variants))
+
+
+def zigzag(panel: Panel, slug: str, *, text: bool) -> Figure | None:
+    """The zig-zag measures of all quantized weights over training; None where nothing was probed."""
+    variants = [variant for variant in featured(panel, text=text) if variant.zigzag_band("zigzag_rate") is not None]
+    measures = {}
+    for name in ZIGZAG_MEASURES:
+        bands = [_scaled(variant.zigzag_band(name), 100.0 if name in PERCENT else 1.0) for variant in variants]
+        if any(band is not None for band in bands):
+            measures[name] = bands
+    measures = dict(sorted(measures.items(), key=lambda item: not any(_moves(band) for band in item[1])))
+    if not variants or not measures:
+        return None
+    titles = {
+        f"{name} {axis}": _late_title(name, variants, bands) for name, bands in measures.items() for axis in AXIS_WORDS
+    }
+    caption = "Means over the probes of an epoch, over all quantized weights. " + _seeds_caption(variants)
+    labels = {name: ZIGZAG_MEASURES[name] for name in measures}
+    return _curves(variants, measures, labels, {}, titles, slug, caption)
+
+
+def _moves(band: Band | None) -> bool:
+    """Whether there is anything to see: with momentum updates may never turn back."""
+    return band is not None and bool(np.nanmax(np.abs(band.mean)) > 0)
+
+
+def colours(variants: Sequence[Variant]) -> list[str]:
+    """One colour a variant: that of its method, or, where a method has several, a scale over them."""
+    methods = [variant.method for variant in variants]
+    found = []
+    for index, variant in enumerate(variants):
+        count, rank = methods.count(variant.method), methods[:index].count(variant.method)
+        if count == 1:
+            found.append(COLOURS.get(variant.method, SKY))
+        else:  # the ends of the scale do not show on dark or on white
+            found.append(_on_scale(0.2 + 0.65 * rank / (count - 1)))
+    return found
+
+
+def base_layout(**more: Any) -> dict[str, Any]:
+    """The layout that all charts share."""
+    return {
+        "margin": {"l": 8, "r": 12, "t": 12, "b": 8},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        "hovermode": "closest",
+        "xaxis": {"automargin": True, "zeroline": False},
+        "yaxis": {"automargin": True, "zeroline": False},
+        **more,
+    }
+
+
+def _curves(
+    variants: Sequence[Variant],
+    measures: Mapping[str, Sequence[Band | None]],
+    labels: Mapping[str, str],
+    logarithmic: Mapping[str, bool],
+    titles: Mapping[str, str],
+    slug: str,
+    caption: str,
+) -> Figure:
+    """A line and, for several seeds, a band of mean +- sd for each variant: two traces, band first."""
+    few = len(variants) <= MAX_LEGEND
+    traces: list[Trace] = []
+    for variant, colour in zip(variants, colours(variants), strict=True):
+        shared = {"type": "scatter", "mode": "lines", "legendgroup": variant.label, "name": variant.label}
+        traces.append(shared | {
+            "fill": "toself", "fillcolor": colour, "opacity": 0.18, "line": {"width": 0, "color": colour},
+            "hoverinfo": "skip", "showlegend": False,
+        })  # fmt: skip
+        dash = DASHES.get(variant.method, "solid")
+        traces.append(
+            shared
+            | {"line": {"color": colour, "dash": dash, "width": 2 if few or variant.control else 1}, "showlegend": few}
+        )
+    first = [next(band for band in of if band is not None) for of in zip(*measures.values(), strict=True)]
+    x: dict[str, View] = {}
+    for axis, words in AXIS_WORDS.items():
+        layout = {"xaxis.title.text": words, "xaxis.rangemode": "tozero"}
+        x[axis] = View(f"per {words.removesuffix('s')}", _widths(first, axis), layout)
+    y = {
+        name: View(labels[name], _heights(bands, logarithmic.get(name, False)), {
+            "yaxis.title.text": labels[name], "yaxis.type": "log" if logarithmic.get(name) else "linear",
+            **({"yaxis.dtick": "D2", "yaxis.tickformat": "~g"} if logarithmic.get(name) else {}),
+        })
+        for name, bands in measures.items()
+    }  # fmt: skip
+    longest = max(len(band.mean) for band in first)
+    every = -(-longest // MAX_POINTS)
+    note = f" Every {every}{'nd' if every == 2 else 'rd' if every == 3 else 'th'} epoch is drawn." if every > 1 else ""
+    if not few:
+        note += " There are too many curves for a legend: point at one for its name."
+    return Figure(slug, titles, caption + note, traces, base_layout(), y, x)
+
+
+def _widths(bands: Sequence[Band], axis: str) -> list[Trace]:
+    """The x of band and line: the outline of a band runs there and back."""
+    found: list[Trace] = []
+    for band in bands:
+        values = band.axes[axis][thinned(len(band.mean))]
+        outline = np.concatenate([values, values[::-1]]) if band.runs > 1 else values[:0]
+        found += [{"x": encoded(outline)}, {"x": encoded(values)}]
+    return found
+
+
+def _heights(bands: Sequence[Band | None], logarithmic: bool) -> list[Trace]:
+    found: list[Trace] = []
+    for band in bands:
+        if band is None:
+            found += [{"y": encoded([])}, {"y": encoded([])}]
+            continue
+        shown = thinned(len(band.mean))
+        mean, sd = band.mean[shown], np.nan_to_num(band.sd[shown])
+        low, high = mean - sd, mean + sd
+        if logarithmic:  # what a logarithmic axis cannot show is cut off far below the mean
+            low = np.maximum(low, mean / 10)
+        outline = np.concatenate([high, low[::-1]]) if band.runs > 1 else mean[:0]
+        found += [{"y": encoded(outline)}, {"y": encoded(mean)}]
+    return found
+
+
+def _scaled(band: Band | None, factor: float) -> Band | None:
+    return None if band is None else Band(band.axes, factor * band.mean, factor * band.sd, band.runs)
+
+
+def _convergence_title(panel: Panel, measure: str, axis: Any, *, text: bool) -> str:
+    words, what = AXIS_WORDS[axis], MEASURES[measure].removesuffix(" (%)")
+    parts = []
+    for variant in challengers(panel, text=text):
+        found = compare(variant, panel, axis, text=text)
+        if found is None:
+            continue
+        stands = standing(difference_at(variant, found.control, axis, measure, found.point))
+        said = {"ahead": "lower", "behind": "higher", "level": "within seed noise", "unknown": "one seed, no claim"}
+        parts.append(f"{variant.label} {said[stands]}")
+    if parts:
+        return f"{what.capitalize()} against LAQ at equal {words}: {'; '.join(parts)}"
+    ends = [f"{variant.label}: {variant.band(measure).mean[-1]:.3g}" for variant in panel.variants[:4]]
+    return f"{what.capitalize()} at the end: {'; '.join(ends)}"
+
+
+def _late_title(measure: str, variants: Sequence[Variant], bands: Sequence[Band | None]) -> str:
+    what = ZIGZAG_MEASURES[measure].partition(" (")[0]
+    parts = []
+    for variant, band in zip(variants, bands, strict=True):
+        late = np.nan if band is None else late_mean(band.mean)
+        if not np.isnan(late):
+            parts.append(f"{variant.label} {late:.3g}{' %' if measure in PERCENT else ''}")
+    return f"{what[0].upper()}{what[1:]} in the second half of training: {'; '.join(parts)}"
+
+
+def _seeds_caption(variants: Sequence[Variant]) -> str:
+    counts = sorted({len(variant.runs) for variant in variants})
+    if counts == [1]:
+        return "One seed each, so there is no band."
+    seeds = " or ".join(map(str, counts)) if len(counts) < 3 else f"{counts[0]} to {counts[-1]}"
+    return f"Mean of {seeds} seeds; the band is ± one standard deviation over them."
+
+
+def _on_scale(position: float) -> str:
+    """A colour of cividis, which reads the same with any colour vision, as #RRGGBB."""
+    at = position * (len(CIVIDIS) - 1)
+    low = min(int(at), len(CIVIDIS) - 2)
+    pairs = [(int(CIVIDIS[low][i : i + 2], 16), int(CIVIDIS[low + 1][i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(one + (at - low) * (two - one)):02X}" for one, two in pairs)
+
+
+def axis_label(name: str) -> str:
+    """A setting as the title of an axis."""
+    meaning = {"optim.a": "a (weight of the current gradient)", "optim.period": "m (one epoch in m has two stages)"}
+    return meaning.get(name, setting_name(name))

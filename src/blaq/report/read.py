@@ -1,0 +1,185 @@
+"""Run directories and folders of them, read into memory: only what the files say."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blaq.train.config import Recipe
+from blaq.train.directory import open_run
+
+Column = NDArray[np.float64]
+
+TOTAL = "total"  # the layer of zigzag.jsonl that stands for all quantized weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run, as its directory tells it.
+
+    Attributes:
+        name: of the directory, with as many of its parents as tell it from the other runs' of the report.
+        path: the directory.
+        recipe: what was run.
+        versions: what it was computed with.
+        metrics: the columns of metrics.jsonl, one value an epoch; empty before the first epoch has ended.
+        result: the outcome; None for an unfinished run.
+        zigzag: layer to the columns of zigzag.jsonl, NaN where a measure has no value; empty for a run without probes.
+    """
+
+    name: str
+    path: Path
+    recipe: Recipe
+    versions: Mapping[str, Any]
+    metrics: Mapping[str, Column]
+    result: Mapping[str, Any] | None
+    zigzag: Mapping[str, Mapping[str, Column]]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.recipe.train.seed
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs have ended."""
+        return len(self.metrics.get("epoch", ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """A few weights of a layer at the probes of a run.
+
+    Attributes:
+        steps: (probes,) the step of each probe.
+        latent: (probes, weights) latent weights.
+        value: (probes, weights) quantized values the network computed with.
+        scale: (probes, weights) scale of the side (negative or positive) that each latent weight is on.
+    """
+
+    steps: Column
+    latent: Column
+    value: Column
+    scale: Column
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run directories among `paths`, and those inside the folders of ``blaq compare`` and ``blaq ablate``.
+
+    Raises:
+        ValueError: a path that holds no run.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file.parent for folder in (path / "runs", path) for file in folder.glob("*/recipe.toml"))
+        if not inside and (path / "recipe.toml").is_file() and not (path / "comparison.json").exists():
+            inside = [path]
+        if not inside:
+            raise ValueError(
+                f"report: {str(path)!r} holds no run: expected a directory that `blaq train`, `blaq compare` or "
+                "`blaq ablate` wrote."
+            )
+        found += inside
+    return list({run.resolve(): run for run in found}.values())
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """Every run of `paths` in their order, each once.
+
+    Raises:
+        ValueError: a path without a run, a file that is not what a run writes.
+    """
+    directories = find_runs(paths)
+    return [read_run(path, name) for path, name in zip(directories, _names(directories), strict=True)]
+
+
+def read_run(path: Path, name: str = "") -> Run:
+    """One run directory.
+
+    Raises:
+        ValueError: no run, or a file that is not what a run writes.
+    """
+    directory, recipe = open_run(path)
+    return Run(
+        name=name or path.resolve().name,
+        path=path,
+        recipe=recipe,
+        versions=_json(path / "versions.json") or {},
+        metrics=_columns(_lines(directory.metrics_file)),
+        result=_json(directory.result_file),
+        zigzag=_layers(_lines(path / "zigzag.jsonl")),
+    )
+
+
+def read_trajectories(run: Run) -> dict[str, Trajectory]:
+    """Layer to the followed weights of a run; empty for a run without probes, and without the layers kept in float.
+
+    Raises:
+        ValueError: a file that is not what a run writes.
+    """
+    by_layer: dict[str, list[Mapping[str, Any]]] = {}
+    for row in _lines(run.path / "trajectories.jsonl"):
+        by_layer.setdefault(row["layer"], []).append(row)
+    return {layer: _trajectory(rows) for layer, rows in by_layer.items() if rows[0]["scale"] is not None}
+
+
+def _trajectory(rows: Sequence[Mapping[str, Any]]) -> Trajectory:
+    latent = np.array([row["latent"] for row in rows], dtype=float)
+    scale = np.array([row["scale"] for row in rows], dtype=float)
+    if scale.ndim == 3:  # two scales a row: negative, positive
+        scale = np.where(latent < 0, scale[..., 0], scale[..., 1])
+    return Trajectory(
+        steps=np.array([row["step"] for row in rows], dtype=float),
+        latent=latent,
+        value=np.array([row["value"] for row in rows], dtype=float),
+        scale=np.broadcast_to(scale, latent.shape),
+    )
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The shortest tails of the paths that tell them apart."""
+    parts = [path.resolve().parts for path in directories]
+    length = 1
+    while len({tail[-length:] for tail in parts}) < len(parts):
+        length += 1
+    return ["/".join(tail[-length:]) for tail in parts]
+
+
+def _json(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"report: {str(path)!r} is not JSON: {error}.") from None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    try:
+        rows: list[dict[str, Any]] = json.loads(f"[{','.join(whole)}]")
+    except ValueError as error:
+        raise ValueError(f"report: {str(path)!r} is not JSON lines: {error}.") from None
+    return rows
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
+    """The numbers of the rows by name; null is NaN."""
+    if not rows:
+        return {}
+    return {name: np.array([row.get(name) for row in rows], dtype=float) for name in rows[0] if name != "layer"}
+
+
+def _layers(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Column]]:
+    by_layer: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_layer.setdefault(row["layer"], []).append(row)
+    return {layer: _columns(members) for layer, members in by_layer.items()}

@@ -1,0 +1,75 @@
+"""Settings of runs: which of them tell runs apart, and the words for them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from blaq.grids import Grid
+from blaq.report.read import Run
+from blaq.train import toml
+
+METHOD_NAMES = {
+    "float": "float32",
+    "bwn": "BWN",
+    "laq": "LAQ",
+    "blaq": "BLAQ",
+    "past": "Past",
+    "delayed": "Delayed",
+}
+SETTING_NAMES = {"optim.period": "m", "optim.lr": "learning rate", "optim.trial_every": "trial every"}
+
+# What tells variants of a panel apart; all other settings tell panels apart.
+OF_THE_METHOD = ("optim.method", "optim.a", "optim.period", "optim.trial_every", "optim.lr")
+OF_THE_LENGTH = ("train.epochs", "optim.schedule_every", "optim.schedule_factor")
+# What has no part in the numbers, or is what the seeds of a variant differ in.
+NOT_COMPARED = ("name", "title", "train.seed", "train.threads")
+
+
+def setting_text(name: str, value: Any) -> str:
+    """A setting as in ``a = 0.6``; bits as in ``1 bit``.
+
+    Example:
+        >>> setting_text("optim.lr", 0.0005), setting_text("optim.bits", 2), setting_text("data.augment", False)
+        ('learning rate = 0.0005', '2 bits (ternary)', 'augment = no')
+    """
+    if name == "optim.bits":
+        grid = Grid.parse(value)
+        return f"{grid.bits} {'bit' if grid.bits == 1 else 'bits'} ({grid.name})"
+    shown = {True: "yes", False: "no", None: "none"}.get(value) if value is None or isinstance(value, bool) else None
+    text = shown or (f"{value:g}" if isinstance(value, float) else str(value))
+    return f"{setting_name(name)} = {text}"
+
+
+def setting_name(name: str) -> str:
+    """The words for a setting.
+
+    Example:
+        >>> setting_name("optim.period"), setting_name("optim.weight_decay")
+        ('m', 'weight decay')
+    """
+    return SETTING_NAMES.get(name, name.rpartition(".")[2].replace("_", " "))
+
+
+def method_name(method: str) -> str:
+    """How a method is called in text."""
+    return METHOD_NAMES.get(method, method)
+
+
+def read_settings(run: Run) -> dict[str, Any]:
+    """The settings of a run by dotted name, without those that its method does not read or that change no number."""
+    ignored = {f"optim.{name}" for name in run.recipe.optim.trains_by.ignores}
+    flat = dict(_flat(toml.to_tree(run.recipe)))
+    if "optim.bits" in flat:
+        flat["optim.bits"] = Grid.parse(flat["optim.bits"]).name
+    return {
+        name: value
+        for name, value in flat.items()
+        if name not in NOT_COMPARED and name not in ignored and not name.startswith("probes.")
+    }
+
+
+def _flat(tree: Mapping[str, Any], at: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,126 @@
+"""The known failure signs: what shows them, and what to try."""
+
+import math
+from collections.abc import Iterator
+
+from blaq.report import rules
+from blaq.report.contrast import Comparison, late_zigzag
+from blaq.report.panels import Task, Variant
+from blaq.report.words import MINUS, Statement
+
+PROBE = "--set probes.every=10"
+
+
+_DIVERGENCE_ADVICE = (
+    "Try a lower learning rate (optim.lr), a bound on the latent weights (optim.clip=1), a nearer to 1, or more bits for the "
+    "first and last layer (optim.rules)."
+)
+
+
+def signs(variant: Variant, at_steps: Comparison | None) -> list[Statement]:
+    """The failure signs that a variant shows."""
+    found = [*own_signs(variant)]
+    if at_steps is None or variant.runs[0].recipe.optim.trains_by.trial not in ("fresh", "past"):
+        return found  # what is left is about looking ahead
+    control = at_steps.control
+    own, laq = variant.band("train_loss"), control.band("train_loss")
+    ratio = rules.slower(own.axes["steps"], own.mean, laq.axes["steps"], laq.mean)
+    if rules.is_slow(ratio):
+        found.append(_slow(variant, control, ratio))
+    if rules.standing(at_steps.main) in ("level", "behind"):
+        found += _no_gain(variant, control)
+    return found
+
+
+def broken_off(task: Task) -> Iterator[Statement]:
+    """What the runs without a result show."""
+    if not task.unfinished:
+        return
+    names = [f"{run.name} ({run.epochs} of {run.recipe.train.epochs} epochs)" for run in task.unfinished]
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    yield Statement(
+        "note",
+        f"{len(names)} {'run is' if len(names) == 1 else 'runs are'} not finished and left out",
+        f"{listed}.",
+        "Continue with `blaq train RUN/recipe.toml --out RUN --resume`, or repeat the command of the comparison.",
+    )
+    rising = [run for run in task.unfinished if rules.diverges(run.metrics.get("train_loss", ()))]
+    if rising:
+        yield Statement(
+            "sign",
+            f"Divergence: the training loss was rising where {', '.join(run.name for run in rising[:6])} broke off",
+            f"It ended at more than {rules.RISEN:g} times its lowest.",
+            _DIVERGENCE_ADVICE,
+        )
+
+
+def own_signs(variant: Variant) -> Iterator[Statement]:
+    """Divergence, which needs no other variant to show."""
+    rising = [run for run in variant.runs if rules.diverges(run.metrics.get("train_loss", ()))]
+    if rising:
+        yield Statement(
+            "sign",
+            f"Divergence: the training loss of {variant.label} rises at the end",
+            f"In {len(rising)} of {len(variant.runs)} runs it ends at more than {rules.RISEN:g} times its lowest.",
+            _DIVERGENCE_ADVICE,
+        )
+    band = variant.zigzag_band("gradient_error")
+    ratio = rules.growth(band.mean) if band is not None else math.nan
+    if rules.piles_up(ratio):
+        yield Statement(
+            "sign",
+            f"The quantization error piles up: the gradient error of {variant.label} grows",
+            f"In the last third of training it is {ratio:.1f} times that in the first (a sign above {rules.PILED_UP:g}).",
+            _DIVERGENCE_ADVICE,
+        )
+
+
+def _slow(variant: Variant, control: Variant, ratio: float) -> Statement:
+    times = f"needs {ratio:.1f} times the steps" if math.isfinite(ratio) else "does not come in its whole run"
+    joined = "to come" if math.isfinite(ratio) else ""
+    return Statement(
+        "sign",
+        f"Slow convergence: {variant.label} falls behind {control.label} from the start",
+        f"It {times} {joined} to the training loss that {control.label} has at half of its run (a sign above {rules.SLOW:g} "
+        "times).".replace("  ", " "),
+        "a or the learning rate is off: averaging two gradients shortens the step. Try a from 0.6 to 0.875, and a learning "
+        "rate of its own: `blaq ablate RECIPE --set optim.a=0.6:0.9:0.1 --set optim.lr=...`.",
+    )
+
+
+def _no_gain(variant: Variant, control: Variant) -> Iterator[Statement]:
+    rates, cosines = (
+        [late_zigzag(of, name) for of in (control, variant)] for name in ("zigzag_rate", "gradient_cosine")
+    )
+    laq, own = (rules.turning(rate, cosine) for rate, cosine in zip(rates, cosines, strict=True))
+    found, found_own = (
+        f"{rate:.1%} of {of.label}'s updates turn back in the second half of training, and the cosine of its successive "
+        f"gradients is {cosine:.2f}".replace("%", " %").replace("-", MINUS)
+        for of, rate, cosine in zip((control, variant), rates, cosines, strict=True)
+    )
+    if math.isnan(laq) or math.isnan(own):
+        yield Statement(
+            "note",
+            f"No gain over {control.label}: whether there was zig-zag to remove is not known",
+            "These runs were not probed.",
+            f"Repeat with `{PROBE}`.",
+        )
+    elif rules.little_zigzag(laq):
+        yield Statement(
+            "sign",
+            f"No gain of {variant.label} over {control.label}: little zig-zag to remove",
+            f"{found} (a sign: at most {rules.LITTLE_ZIGZAG:.0%} turn back, and a cosine above "
+            f"{MINUS}{rules.LITTLE_ZIGZAG:g}).".replace("0%", "0 %"),
+            "Plain LAQ is the better use of the gradients here: train longer with it. Fewer bits or a higher learning rate "
+            "make more zig-zag.",
+        )
+    else:
+        fell = rules.zigzag_fell(own, laq)
+        yield Statement(
+            "sign",
+            f"No gain of {variant.label} over {control.label}, {'though zig-zag fell' if fell else 'and zig-zag hardly fell'}",
+            f"{found}; {found_own}.",
+            "Here zig-zag is not what holds training back; look at the learning rate and the number of bits first."
+            if fell
+            else "Try a smaller a (0.6 to 0.75) and a trial in every step (optim.period=1, optim.trial_every=1).",
+        )

@@ -1,0 +1,79 @@
+"""Sentences of the report and the words for its numbers."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from blaq.train.statistics import Difference
+
+Tone = Literal["ahead", "behind", "level", "sign", "note"]
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One thing the numbers say.
+
+    Attributes:
+        tone: how it is marked.
+        head: the finding.
+        text: the numbers behind it.
+        advice: what to try or to add.
+    """
+
+    tone: Tone
+    head: str
+    text: str
+    advice: str = ""
+
+
+def difference_text(difference: Difference, show: Callable[[float], str]) -> str:
+    """A difference with its interval.
+
+    Example:
+        >>> difference_text(Difference((-0.25, -0.20, -0.15)), points)
+        '−0.20 points (95 % interval −0.32 to −0.08, 3 seeds)'
+    """
+    seeds = len(difference.values)
+    if math.isnan(difference.half_width):
+        return f"{show(difference.mean)} ({'1 seed' if seeds == 1 else f'the same for {seeds} seeds'}, so no interval)"
+    unit = " points" if show is points else ""
+    low, high = (show(difference.mean + side * difference.half_width).removesuffix(unit) for side in (-1, 1))
+    return f"{show(difference.mean)} (95 % interval {low} to {high}, {seeds} seeds)"
+
+
+def points(value: float) -> str:
+    """A difference of percentages.
+
+    Example:
+        >>> points(-0.125), points(0.0)
+        ('−0.12 points', '0.00 points')
+    """
+    return f"{_signed(value, f'{abs(value):.2f}')} points"
+
+
+def plain(value: float) -> str:
+    """A difference of losses.
+
+    Example:
+        >>> plain(0.00012345), plain(-1.5)
+        ('+0.00012', '−1.5')
+    """
+    return _signed(value, f"{float(f'{abs(value):.2g}'):.10f}".rstrip("0").rstrip(".") or "0")
+
+
+def loss_digits(mean: float) -> int:
+    """Decimals that show three digits of a loss.
+
+    Example:
+        >>> loss_digits(1.25), loss_digits(0.0123), loss_digits(0.0)
+        (2, 4, 2)
+    """
+    return min(8, max(2, 2 - math.floor(math.log10(abs(mean))))) if mean and math.isfinite(mean) else 2
+
+
+def _signed(value: float, magnitude: str) -> str:
+    zero = not any(digit in magnitude for digit in "123456789")
+    return magnitude if zero else f"{MINUS if value < 0 else '+'}{magnitude}"

@@ -1,0 +1,144 @@
+"""A grid of settings on one recipe: the runs, their tables, and which settings differ from LAQ."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blaq.train.config import METHODS, Recipe
+from blaq.train.grid import METHOD, combinations
+from blaq.train.statistics import CONFIDENCE
+from blaq.train.summary import Group, Measure, Setting, settings_of
+from blaq.train.sweep import Outcome, Sweeper, claim
+from blaq.train.tables import write_tables
+
+# Settings of which LAQ is a special case; the others have to agree where a setting is set against LAQ.
+STEP_BACK = frozenset({METHOD, "optim.a", "optim.period", "optim.trial_every"})
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """The finished runs of an ablation, and why the others failed.
+
+    Attributes:
+        recipe: what was run, but for the settings and the seed.
+        sets: key to values, in the order they were given.
+        outcome: of the runs.
+        target: training loss whose cost is told; none takes the lowest that every run reached.
+    """
+
+    recipe: Recipe
+    sets: Mapping[str, Sequence[str]]
+    outcome: Outcome
+    target: float | None = None
+
+    @property
+    def groups(self) -> list[Group]:
+        """The settings, each group with its own LAQ where LAQ is among them: method laq, or blaq or delayed with a = 1."""
+        settings = settings_of(self.outcome.runs)
+        others = [key for key in self.sets if key not in STEP_BACK]
+        if not any(self._is_laq(setting) for setting in settings):
+            return [Group(title=self.recipe.title, settings=tuple(settings), reference=None, target=self.target)]
+        together: dict[tuple[str, ...], list[Setting]] = {}
+        for setting in settings:
+            together.setdefault(tuple(setting.values[key] for key in others), []).append(setting)
+        groups = []
+        for values, members in together.items():
+            title = ", ".join(f"{key}={value}" for key, value in zip(others, values, strict=True))
+            found = [setting for setting in members if self._is_laq(setting)]
+            # By method, where there is the choice: what a = 1 costs is not what LAQ costs.
+            reference = min(found, key=lambda setting: setting.values.get(METHOD) != "laq", default=None)
+            groups.append(
+                Group(
+                    title=title or self.recipe.title,
+                    settings=tuple(members),
+                    reference=reference,
+                    target=self.target,
+                )
+            )
+        return groups
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Name to message of the runs that failed."""
+        return self.outcome.failures
+
+    def _is_laq(self, setting: Setting) -> bool:
+        method = setting.values.get(METHOD) or self.recipe.optim.method
+        a = float(setting.values.get("optim.a") or self.recipe.optim.a)
+        return method == "laq" or (METHODS[method].trial in ("fresh", "delayed") and a == 1)
+
+    def conclusion(self) -> list[str]:
+        """How many settings differ from LAQ, how many would by chance, and which validation prefers."""
+        groups = self.groups
+        return [self._judge(group, Measure.of(self.recipe), several=len(groups) > 1) for group in groups]
+
+    def _judge(self, group: Group, measure: Measure, *, several: bool) -> str:
+        where = f" ({group.title})" if several else ""
+        field = measure.field.replace("test", "validation")
+        best = min(group.settings, key=lambda setting: setting.sample(field).mean)
+        shown = best.sample(measure.field).show(measure.digits)
+        line = (
+            f"Look at {measure.name}{where}: the lowest {field.replace('_', ' ')} has {best.name}, with {measure.name} "
+            f"{shown}{measure.unit}; "
+        )
+        if group.reference is None:
+            return line + "LAQ is not among the settings (optim.a=1, or optim.method=laq), so none is set against it."
+        found = {"lower": list[str](), "higher": list[str](), "open": list[str]()}
+        for setting, difference in zip(group.settings, group.differences(measure.field), strict=True):
+            if difference is not None and not self._is_laq(setting):
+                found[difference.verdict].append(f"{setting.name} ({difference.show(measure.digits)})")
+        count = sum(map(len, found.values()))
+        chance = (1 - CONFIDENCE) * count
+        return (
+            f"{line}against LAQ ({group.reference.name}: {group.reference.sample(measure.field).show(measure.digits)}"
+            f"{measure.unit}) {_some(found['lower'])} ahead, {_some(found['higher'])} behind, {len(found['open'])} not told "
+            f"apart from seed noise [95 % intervals, paired t; by chance alone about {chance:.2g} of {count} would be ahead "
+            "or behind]."
+        )
+
+
+def ablate(
+    recipe: Recipe,
+    sets: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    out: Path,
+    sweeper: Sweeper,
+    *,
+    target: float | None = None,
+) -> Ablation:
+    """Train a recipe with every combination of settings and every seed, each into ``out/runs/<name>``; write the tables.
+
+    Runs that are finished are not repeated, those begun are resumed. A run that fails is reported and the others go on.
+    Writes the files of `blaq.train.compare.compare`, in results.csv the settings as further columns.
+
+    Raises:
+        ValueError: an unknown setting or value, settings that do not fit together; the directory holds something else.
+    """
+    jobs = combinations(recipe, sets, seeds)
+    quantized = [job.recipe.optim for job in jobs if job.recipe.optim.trains_by.quantized]
+    description = {
+        "kind": "ablate",
+        "recipe": recipe.name,
+        "methods": list(dict.fromkeys(job.recipe.optim.method for job in jobs)),
+        "bits": list(dict.fromkeys(optim.bits for optim in quantized)),
+        "seeds": list(seeds),
+        "budget": "steps",
+        "target": target,
+        "sets": {key: list(values) for key, values in sets.items()},
+    }
+    claim(out, recipe, description)
+
+    def write(outcome: Outcome) -> None:
+        ablation = Ablation(recipe, sets, outcome, target)
+        write_tables(out, recipe, outcome, ablation.groups, ablation.conclusion(), [])
+
+    return Ablation(recipe, sets, sweeper.run(jobs, out / "runs", finished=write), target)
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many, and the first of them by name."""
+    if not names:
+        return "none"
+    more = ", .." if len(names) > MOST_NAMED else ""
+    return f"{len(names)} ({'; '.join(names[:MOST_NAMED])}{more})"

@@ -1,0 +1,126 @@
+"""Ablations: which settings a ``--set KEY=VALUES`` stands for, and the runs of all their combinations."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from urllib.parse import quote
+
+from blaq.train import toml
+from blaq.train.config import METHODS, Recipe
+from blaq.train.sweep import Job
+
+MOST_VALUES = 10_000
+METHOD = "optim.method"
+
+
+def parse_values(text: str) -> tuple[str, list[str]]:
+    """Key and values of ``key=value,value,start:stop:step``: a list, in which ranges hold both ends.
+
+    Numbers of a range are decimal, so that no binary rounding shows. A comma inside brackets, braces or quotes belongs to
+    its value.
+
+    Raises:
+        ValueError: no ``=``, no value, a value named twice, a range whose steps do not meet its end.
+
+    Example:
+        >>> parse_values("optim.a=0:0.4:0.1,1")
+        ('optim.a', ['0', '0.1', '0.2', '0.3', '0.4', '1'])
+        >>> parse_values("optim.betas=[0.9, 0.99],[0.9, 0.999]")
+        ('optim.betas', ['[0.9, 0.99]', '[0.9, 0.999]'])
+    """
+    key, equals, written = text.partition("=")
+    values = [value for part in _parts(written) for value in _range(part.strip(), text)]
+    if not equals or not key.strip() or "" in values:
+        raise ValueError(f"--set {text}: expected key=value, key=value,value or key=start:stop:step.")
+    if len(set(values)) < len(values):
+        raise ValueError(f"--set {text}: expected each value once.")
+    return key.strip(), values
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Split at the commas outside brackets, braces and quotes."""
+    depth, quoted, part = 0, "", ""
+    for character in text:
+        if quoted:
+            quoted = "" if character == quoted else quoted
+        elif character in "\"'":
+            quoted = character
+        else:
+            depth += (character in "[{(") - (character in "]})")
+        if character == "," and not depth and not quoted:
+            yield part
+            part = ""
+        else:
+            part += character
+    yield part
+
+
+def _range(part: str, text: str) -> list[str]:
+    """The values of ``start:stop:step``; what has not that form is one value."""
+    if not re.fullmatch(r"[^:\"'\[{]+:[^:]+:[^:]+", part):
+        return [part]
+    try:
+        start, stop, step = (Decimal(number.strip()) for number in part.split(":"))
+        count = (stop - start) / step
+    except (InvalidOperation, ZeroDivisionError):
+        raise ValueError(f"--set {text}: {part}: expected three numbers start:stop:step, the step not 0.") from None
+    if not count.is_finite() or count != count.to_integral_value() or not 0 <= count < MOST_VALUES:
+        raise ValueError(
+            f"--set {text}: {part}: expected a stop that whole steps reach from the start, in fewer than {MOST_VALUES}."
+        )
+    return [_plain(start + number * step) for number in range(int(count) + 1)]
+
+
+def _plain(number: Decimal) -> str:
+    """Without exponent and idle zeros: 0.3, 1, 0.0001."""
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Iterable[int]) -> list[Job]:
+    """A run for every combination of values and every seed.
+
+    A setting that a combination's method does not read is left out of it; combinations that come to the same are one
+    run. ``optim.a=1`` is run for every period all the same: its weights are LAQ's, its cost is not.
+
+    Raises:
+        ValueError: an unknown key or value, values that do not fit together, a setting that no combination reads.
+    """
+    order = sorted(sets, key=lambda key: key != METHOD)  # the method first: it says what is read
+    found: dict[tuple[tuple[str, str], ...], Recipe] = {}
+    for values in itertools.product(*(sets[key] for key in order)):
+        chosen = dict(zip(order, values, strict=True))
+        method = chosen.get(METHOD, recipe.optim.method)
+        ignores = METHODS[method].ignores if method in METHODS else frozenset()
+        read = {key: value for key, value in chosen.items() if not _ignored(key, ignores)}
+        settings = tuple((key, read.get(key, "")) for key in sets)
+        if settings not in found:
+            found[settings] = recipe.with_([f"{key}={value}" for key, value in read.items()])
+    for key in sets:
+        if all(not dict(settings)[key] for settings in found):
+            next(iter(found.values())).with_([f"{key}={sets[key][0]}"])  # says which methods read it
+    if len({variant.to_toml() for variant in found.values()}) < len(found):
+        raise ValueError("--set: two combinations are the same run; name each value once, in one form.")
+    names = _short_names(sets)
+    return [
+        Job(
+            name="-".join([*(f"{names[key]}{quote(value, safe='')}" for key, value in settings if value), f"s{seed}"]),
+            recipe=variant.with_([f"train.seed={seed}"]),
+            settings=dict(settings),
+        )
+        for settings, variant in found.items()
+        for seed in seeds
+    ]
+
+
+def _ignored(key: str, ignores: frozenset[str]) -> bool:
+    section, setting, *_ = [*toml.split_override(Recipe, f"{key}=")[0], ""]
+    return section == "optim" and setting in ignores
+
+
+def _short_names(sets: Mapping[str, object]) -> dict[str, str]:
+    """The last part of each key, where that is enough to tell them apart, for names of directories."""
+    last = {key: key.rpartition(".")[2] for key in sets}
+    short = last if len(set(last.values())) == len(last) else {key: key for key in sets}
+    return {key: quote(name, safe="") for key, name in short.items()}

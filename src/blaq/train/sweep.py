@@ -1,0 +1,206 @@
+"""Many runs: several side by side, finished ones not repeated, a failing one reported and the others kept."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from blaq.train.board import Board
+from blaq.train.config import Recipe, load_recipe
+from blaq.train.directory import RunDirectory, differences, write_atomically
+from blaq.train.executors import ExecutorName, Handle, cores, open_executor
+from blaq.train.run import Result, read_result
+
+POLL_SECONDS = 0.2
+EXIT_TERMINATED = 143
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run to be made: the name of its directory, its recipe, and which settings tell it from the others, as text."""
+
+    name: str
+    recipe: Recipe
+    settings: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run: its job's name and settings, its result, and its line of metrics of every epoch."""
+
+    name: str
+    settings: Mapping[str, str]
+    result: Result
+    metrics: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The finished runs in the order of the jobs, and run name to message of those that failed."""
+
+    runs: tuple[Run, ...]
+    failures: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweeper:
+    """How runs are made.
+
+    Attributes:
+        console: where a table of the running ones is shown, and a line of every ended one.
+        workers: how many side by side; none: as many as there are cores for.
+        executor: ``local`` processes, or tasks of a ``ray`` cluster.
+    """
+
+    console: Console
+    workers: int | None = None
+    executor: ExecutorName = "local"
+
+    def threads(self, recipe: Recipe) -> int:
+        """The threads of a run: those its recipe states, else its share of the cores; on a cluster else 1."""
+        if recipe.train.threads is not None:
+            return recipe.train.threads
+        return max(1, cores() // (self.workers or cores())) if self.executor == "local" else 1
+
+    def run(
+        self, jobs: Sequence[Job], folder: Path, *, finished: Callable[[Outcome], None] = lambda outcome: None
+    ) -> Outcome:
+        """Make the runs, each in ``folder/<name>``; those that are finished are not repeated, those begun are resumed.
+
+        Args:
+            jobs: the runs, each with a name of its own.
+            folder: where their directories are.
+            finished: called with what there is whenever a run has ended well.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C; SystemExit on SIGTERM. No process is left, and a repeated call continues.
+        """
+        if len({job.name for job in jobs}) < len(jobs):
+            raise ValueError("Sweeper.run(jobs): expected names that differ.")
+        board = Board(self.console, [job.name for job in jobs])
+        waiting: list[Job] = []
+        runs: dict[str, Run] = {}
+        failures: dict[str, str] = {}
+
+        def outcome() -> Outcome:
+            return Outcome(tuple(runs[job.name] for job in jobs if job.name in runs), dict(failures))
+
+        def end(job: Job, failure: str | None) -> None:
+            directory = RunDirectory(folder / job.name)
+            if failure is None:
+                result = read_result(directory)
+                runs[job.name] = Run(
+                    name=job.name, settings=job.settings, result=result, metrics=tuple(directory.metrics())
+                )
+                board.ended(job.name, f"test error {result.test_error:.2f} %, {result.seconds:.1f} s")
+                finished(outcome())
+            else:
+                failures[job.name] = failure
+                board.ended(job.name, f"failed: {failure}")
+
+        for job in jobs:
+            try:
+                done = _begin(job, folder, self.threads(job.recipe))
+            except (ValueError, OSError) as error:
+                end(job, str(error))
+            else:
+                if done:
+                    end(job, None)
+                else:
+                    waiting.append(job)
+        if waiting:
+            self._work(waiting, folder, board, end)
+        return outcome()
+
+    def _work(self, waiting: list[Job], folder: Path, board: Board, end: Callable[[Job, str | None], None]) -> None:
+        running: dict[str, tuple[Job, Handle]] = {}
+        threads = max(job.recipe.train.threads or 1 for job in waiting)
+        with _terminable(), open_executor(self.executor, self.workers, threads) as executor, board:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < executor.slots:
+                        job = waiting.pop(0)
+                        run = folder / job.name
+                        running[job.name] = job, executor.start(run, self.threads(job.recipe))
+                        board.began(job.name, RunDirectory(run), job.recipe.train.epochs)
+                    for job, handle in list(running.values()):
+                        if handle.done():
+                            del running[job.name]
+                            end(job, handle.failure())
+                    board.refresh()
+                    time.sleep(POLL_SECONDS)
+            finally:
+                for _, handle in running.values():
+                    handle.stop()
+
+
+def _begin(job: Job, folder: Path, threads: int) -> bool:
+    """Lay the recipe into the run's directory; whether the run is finished.
+
+    A run that was begun keeps its threads, so that it ends as it would have without the interruption.
+    """
+    directory = RunDirectory(folder / job.name)
+    recipe = _with_threads(job.recipe, threads)
+    if directory.recipe_file.exists():
+        with suppress(ValueError):
+            begun = load_recipe(directory.recipe_file)
+            recipe = _with_threads(job.recipe, job.recipe.train.threads or begun.train.threads or threads)
+    directory.check(recipe, resume=True)
+    if not directory.recipe_file.exists():
+        directory.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory.recipe_file, recipe.to_toml())
+    return directory.finished
+
+
+def _with_threads(recipe: Recipe, threads: int) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, threads=threads))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end this process as an exception does, so that the processes it has started end with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    handler = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def claim(folder: Path, recipe: Recipe, design: Mapping[str, Any]) -> None:
+    """Begin or continue a sweep in a folder: write comparison.json (the design) and recipe.toml (what all runs share).
+
+    Raises:
+        ValueError: it holds a run, or a sweep of another kind, recipe or budget.
+    """
+    design_file, recipe_file = folder / "comparison.json", folder / "recipe.toml"
+    owner = f"{design['kind']}(out={str(folder)!r})"
+    way_out = "choose another directory with --out."
+    if recipe_file.exists() and not design_file.exists():
+        raise ValueError(f"{owner}: the directory holds a run; {way_out}")
+    if design_file.exists():
+        before = json.loads(design_file.read_text(encoding="utf-8"))
+        for key in ("kind", "budget"):
+            if before.get(key) != design.get(key):
+                raise ValueError(
+                    f"{owner}: its runs are of {key} {before.get(key)!r}, not {design.get(key)!r}; {way_out}"
+                )
+    if recipe_file.exists() and (changed := differences(asdict(load_recipe(recipe_file)), asdict(recipe))):
+        raise ValueError(f"{owner}: its runs have {'; '.join(changed)}; keep the recipe's settings, or {way_out}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(design_file, json.dumps(design, indent=2) + "\n")
+    write_atomically(recipe_file, recipe.to_toml())

@@ -1,0 +1,72 @@
+"""The closing line: what is ahead of what, and never more than the intervals allow."""
+
+from blaq.train.budget import Budget
+from blaq.train.statistics import Difference
+from blaq.train.summary import Group, Measure, Setting
+
+
+def judge(group: Group, measure: Measure, budget: Budget, *, several: bool = False) -> str:
+    """What the numbers of a group say about its methods, in one line."""
+    where = f" ({group.title})" if several else ""
+    if group.reference is None:
+        return f"Look at {measure.name}{where}: one method alone; run another with the same seeds to compare it with."
+    name, reference = group.reference_name, group.reference
+    mean = reference.sample(measure.field).show(measure.digits)
+    parts = [f"{name} has {mean}{measure.unit}"]
+    judged = list(zip(group.settings, group.differences(measure.field), strict=True))
+    for phrase, verdict in (("ahead of it", "lower"), ("behind it", "higher")):
+        found = [
+            f"{setting.name} by {abs(difference.mean):.{measure.digits}f} ± {difference.half_width:.{measure.digits}f}"
+            for setting, difference in judged
+            if difference is not None and difference.verdict == verdict
+        ]
+        if found:
+            parts.append(f"{phrase}: {_and(found)}")
+    undecided = [
+        f"{setting.name} ({difference.show(measure.digits)})"
+        for setting, difference in judged
+        if difference is not None and difference.verdict == "open"
+    ]
+    if undecided:
+        parts.append(f"no difference beyond seed noise shown: {_and(undecided)}")
+    return f"Look at {measure.name}{where}: {'; '.join(parts)} [{_basis(group, measure, budget)}].{_cost(group)}"
+
+
+def _basis(group: Group, measure: Measure, budget: Budget) -> str:
+    """Where the intervals come from, and what they cannot tell."""
+    found = [difference for difference in group.differences(measure.field) if difference is not None]
+    pairs = sorted({len(difference.values) for difference in found})
+    equal = "equal steps" if budget == "steps" else "equal gradient evaluations"
+    if not pairs:
+        return f"no seed in common; {equal}"
+    if pairs == [1]:
+        return f"a single seed, which cannot tell anything from seed noise; {equal}"
+    seeds = " or ".join(map(str, pairs))
+    flat = any(_flat(difference) for difference in found)
+    note = "; differences without any spread have no interval" if flat else ""
+    return f"95 % intervals, paired t, {seeds} seeds{note}; {equal}"
+
+
+def _flat(difference: Difference) -> bool:
+    return len(difference.values) > 1 and len(set(difference.values)) == 1
+
+
+def _cost(group: Group) -> str:
+    """Gradients where they differ from the reference's, and how much smaller the weights are."""
+    assert group.reference is not None
+    base = group.reference.sample("gradient_evaluations").mean
+    ratios = [
+        (setting.values["method"], setting.sample("gradient_evaluations").mean / base) for setting in group.settings
+    ]
+    costs = [f"{method} took {ratio:.2f} times the gradients" for method, ratio in ratios if abs(ratio - 1) >= 0.005]
+    text = f" {_and(costs)} of {group.reference_name}." if costs else ""
+    smaller = [one for one in map(_smaller, group.settings) if one > 1]
+    return f"{text} Packed weights are {max(smaller):.1f} times smaller than float32." if smaller else text
+
+
+def _smaller(setting: Setting) -> float:
+    return setting.sample("float_bytes").mean / setting.sample("bytes").mean
+
+
+def _and(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,0 +1,169 @@
+"""Batches, compiled passes and memory layouts change nothing but the time."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import blaq
+from blaq.optim import batches, passes
+
+
+@pytest.fixture(autouse=True)
+def working_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test finds out about the compiler is forgotten after it."""
+    monkeypatch.setattr(passes._Compiler, "broken", False)
+
+
+class Net(nn.Module):
+    """Layers of equal and of different shapes, a convolution, normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.conv(x))).mean(dim=3)  # (batch, 4, 4)
+        return self.out(torch.tanh(self.layers(y.flatten(1))))  # type: ignore[no-any-return]
+
+
+def trained(
+    steps: int,
+    *,
+    grid: str = "ternary",
+    granularity: str | int = "tensor",
+    solver: str = "alternating",
+    change: Callable[[Net], Any] = lambda net: None,
+    **options: Any,
+) -> blaq.BLAQ:
+    torch.manual_seed(0)
+    net = Net()
+    change(net)
+    opt = blaq.BLAQ(blaq.param_groups(net, grid, granularity, solver), lr=0.02, module=net, **options)
+    for step in range(steps):
+        batch = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(step))
+
+        def closure(batch: Tensor = batch) -> Tensor:
+            opt.zero_grad()
+            loss = (net(batch) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        opt.step(closure)
+    opt.eval()
+    return opt
+
+
+def entries(opt: blaq.BLAQ) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
+    for group in opt.param_groups:
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            yield name, p.detach(), opt.latent(p), opt.state[p]
+
+
+def assert_close(one: blaq.BLAQ, other: blaq.BLAQ, rtol: float) -> None:
+    for (name, p, w, state), (_, p2, w2, state2) in zip(entries(one), entries(other), strict=True):
+        for a, b in (
+            (w, w2),
+            (state["exp_avg"], state2["exp_avg"]),
+            (state["exp_avg_sq"], state2["exp_avg_sq"]),
+            (p, p2),
+        ):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 0.01, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"grid": "binary", "trial": "none", "weight_decay": 0.01, "clip": 0.5},
+        {"grid": "ternary2", "trial": "past", "granularity": "channel"},
+        {"grid": "linear4", "trial": "fresh", "granularity": 4},
+        {"grid": "midrise3", "trial": "delayed", "solver": "exact"},
+        {"grid": "log3", "trial": "none", "curvature": "unit"},
+    ],
+    ids=lambda settings: settings["grid"],
+)
+def test_compiled_equals_uncompiled(settings: dict[str, Any]) -> None:
+    plain, compiled = (trained(4, compile=compile, **settings) for compile in (False, True))
+    assert not passes._Compiler.broken
+    # The last digit may differ, as compilers add up in another order: levels at a threshold then are the exception.
+    assert_close(plain, compiled, rtol=2e-4)
+
+
+def test_without_a_compiler_steps_run_uncompiled_with_one_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler here\nand details")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    passes._compiled.cache_clear()
+    with caplog.at_level(logging.WARNING, "blaq"):
+        compiled = trained(3, compile=True)
+    passes._compiled.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "torch.compile does not work here, steps run uncompiled (slower): no compiler here and details"
+    ]
+    assert_close(trained(3, compile=False), compiled, rtol=0)
+
+
+def test_small_networks_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_compiled", lambda *_: pytest.fail("compiled"))
+    trained(2)
+    large = nn.Linear(1024, 1024, bias=False)
+    opt = blaq.LAQ(blaq.param_groups(large, 1))
+    assert opt._fast
+    assert not blaq.LAQ(blaq.param_groups(large, 1), compile=False)._fast
+
+
+@pytest.mark.parametrize("trial", ["none", "fresh", "past", "delayed"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
+def test_equal_parameters_step_together_as_they_would_alone(
+    granularity: str | int, trial: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = trained(4, granularity=granularity, trial=trial)
+    sizes = [len(batch.parameters) for batch in batches.batches(together._with_gradients())]
+    assert max(sizes) == 3  # the three equal layers, and their biases
+    monkeypatch.setattr(batches, "TOGETHER_UP_TO", 0)
+    alone = trained(4, granularity=granularity, trial=trial)
+    assert all(len(batch.parameters) == 1 for batch in batches.batches(alone._with_gradients()))
+    assert_close(together, alone, rtol=2e-5 if granularity == "tensor" else 1e-6)
+
+
+@pytest.mark.parametrize("trial", ["none", "fresh", "past"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 9])
+def test_the_layout_of_a_convolution_changes_nothing(granularity: str | int, trial: str) -> None:
+    rules: dict[str, Any] = {"granularity": granularity, "trial": trial}
+    if granularity == 9:
+        rules["change"] = lambda net: net.layers.requires_grad_(False) and net.out.requires_grad_(False)
+    change = rules.pop("change", lambda net: None)
+
+    def channels_last(net: Net) -> None:
+        change(net)
+        net.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    assert_close(trained(3, change=change, **rules), trained(3, change=channels_last, **rules), rtol=1e-4)
+
+
+def test_a_gradient_in_shared_memory_is_copied() -> None:
+    """DDP hands out views of its buckets, and the second backward pass writes into them."""
+    bucket, second = torch.randn(2, 12).unbind()
+    ends = []
+    for shared in (False, True):
+        p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        opt = blaq.BLAQ([{"params": [p], "grid": "ternary"}], lr=0.1)
+        p.grad = (bucket if shared else bucket.clone()).view(3, 4)
+        opt.forward_step()
+        bucket_now = bucket if shared else bucket.clone()
+        kept = bucket.clone()
+        bucket_now.copy_(second)
+        p.grad = bucket_now.view(3, 4)
+        opt.backtrack_step()
+        bucket.copy_(kept)
+        ends.append(opt.latent(p).clone())
+    assert torch.equal(*ends)
