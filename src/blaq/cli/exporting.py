@@ -61,6 +61,9 @@ def export(
     checkpoint: CheckpointOption = CheckpointName.best,
 ) -> None:
     """Write a trained network as a file to ship, and prove that it computes the same."""
+    from blaq.train.directory import open_run
+
+    open_run(run)  # else the file that is to go into it would be refused first, for want of a folder
     module: Any = import_module(MODULES[format_])
     for_runtime = "{preset}" in NAMES[format_]
     if preset is not None and not for_runtime:
