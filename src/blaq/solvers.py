@@ -78,30 +78,27 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
     return scale
 
 
-def follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, last_R1: Tensor, apart: float | Tensor) -> Tensor:
-    """The scale of the next step of training, from the last one: one alternation from the best of three scales.
+def follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, last_R1: Tensor, aside: float | Tensor) -> Tensor:
+    """The scale of the next step of training, from the last one: one alternation from the better of two scales.
 
-    Looks at the last scale and at both neighbours ``apart`` from it, takes the levels with the largest S1^2/S2, and the scale
-    that is best for them. The more levels, the less an alternation moves from where it is; ternary grids need no neighbours.
+    Looks at the last scale and at another, ``1 + aside`` times it, takes the levels with the larger S1^2/S2, and the scale
+    that is best for them. The more levels, the less an alternation moves from where it is; ternary grids need no other.
     """
     if len(grid.magnitudes) == 1:  # LAB's closed form
         return (d_RN * u_RN).sum(1, keepdim=True) / d_RN.sum(1, keepdim=True)
-    # Multiples of the same levels are equally good: rounding must not choose.
-    tie = 1e-12 if u_RN.dtype == torch.float64 else 1e-6
-    tried = [last_R1]
+    s1, s2 = sums(u_RN, d_RN, last_R1, grid)
     if len(grid.magnitudes) > 2 or not grid.has_zero:
-        tried += [last_R1 * (1 + apart), last_R1 * (1 - apart)]
-    s1, s2 = sums(u_RN, d_RN, tried[0], grid)
-    for scale in tried[1:]:
-        other1, other2 = sums(u_RN, d_RN, scale, grid)
+        other1, other2 = sums(u_RN, d_RN, last_R1 * (1 + aside), grid)
+        # Multiples of the same levels are equally good: rounding must not choose.
+        tie = 1e-12 if u_RN.dtype == torch.float64 else 1e-6
         better = _value(other1, other2) > _value(s1, s2) * (1 + tie)
         s1, s2 = torch.where(better, other1, s1), torch.where(better, other2, s2)
     return best_scale(s1, s2, u_RN.amax(1, keepdim=True), grid)
 
 
-def steps_apart(t: int) -> float:
-    """How far from the last scale `follow` looks at step t: far, nearer and close in turn."""
-    return 2.0 ** -(3 + 2 * (t % 3))
+def look_aside(t: int) -> float:
+    """Where `follow` looks at step t: above and below the last scale in turn; far, nearer and close."""
+    return (1 if t % 2 else -1) * 2.0 ** -(3 + 2 * (t // 2 % 3))
 
 
 def _value(s1: Tensor, s2: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Python once a layer; a large parameter is its own matrix, without a copy.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from blaq.optim.update import Group
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """Parameters of one group, dtype, device, shape in rows, and step count.
 
@@ -26,23 +27,25 @@ class Batch:
         group: their group.
         t: the step that they are about to take, from 1.
         rows: of each parameter.
+        fast: whether the passes over them are compiled.
         parameters, gradients, states: aligned.
     """
 
     group: Group
     t: int
     rows: int
+    fast: bool
     parameters: Sequence[Tensor]
     gradients: Sequence[Tensor]
     states: Sequence[State]
 
-    @property
+    @cached_property
     def how(self) -> How | None:
         """What their passes are compiled for; None without a grid. The first step with a gradient is solved exactly."""
         if self.group["grid"] is None:
             return None
-        solver = "exact" if self.t == 1 else self.group["solver"]
-        return How(Grid.parse(self.group["grid"]), solver, self.group["curvature"])
+        follows = self.group["solver"] == "alternating" and self.t > 1
+        return How(Grid.parse(self.group["grid"]), follows, self.group["curvature"])
 
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
         """The tensors, one a parameter and of its shape, as one matrix (rows of all, N): for a single one a view."""
@@ -92,8 +95,8 @@ class Batch:
         return tensor.as_strided((self.rows, columns), (columns, 1))
 
 
-def batches(entries: Iterable[tuple[Group, Tensor, Tensor, State]]) -> list[Batch]:
-    """Sort parameters with gradients into batches, about to take their next step."""
+def batches(entries: Iterable[tuple[Group, Tensor, Tensor, State]], fast: bool) -> list[Batch]:
+    """Sort parameters with gradients into batches, about to take their next step; `fast`: compile what is taken often."""
     found: dict[tuple[object, ...], list[tuple[Group, Tensor, Tensor, State]]] = {}
     for entry in entries:
         group, p, grad, state = entry
@@ -102,13 +105,15 @@ def batches(entries: Iterable[tuple[Group, Tensor, Tensor, State]]) -> list[Batc
         kind = (tuple(p.shape), like.stride(), p.dtype, grad.dtype, p.device)
         past = (int(state["step"]), int(state.get("trial_step", 0)))
         found.setdefault((id(group), *kind, *past, alone), []).append(entry)
-    return [_batch(entries) for entries in found.values()]
+    return [_batch(entries, fast) for entries in found.values()]
 
 
-def _batch(entries: list[tuple[Group, Tensor, Tensor, State]]) -> Batch:
+def _batch(entries: list[tuple[Group, Tensor, Tensor, State]], fast: bool) -> Batch:
     groups, parameters, gradients, states = zip(*entries, strict=True)
     rows = len(states[0]["scale"]) if "scale" in states[0] else 1
-    return Batch(groups[0], int(states[0]["step"]) + 1, rows, parameters, gradients, states)
+    t = int(states[0]["step"]) + 1
+    once = t == 1 and groups[0]["solver"] == "alternating"  # an exact pass, which no later step takes
+    return Batch(groups[0], t, rows, fast and not once, parameters, gradients, states)
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

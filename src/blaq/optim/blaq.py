@@ -204,9 +204,8 @@ class BLAQ(LatentOptimizer):
         """A step of LAQ, of "past", or of "delayed"."""
         self._check_untouched()
         self._tell_observers(None)
-        fast = self._fast
-        for batch in batches(self._with_gradients()):
-            steps.one_gradient(batch, self.trial, fast)
+        for batch in batches(self._with_gradients(), self._fast):
+            steps.one_gradient(batch, self.trial)
             self._has_written(batch.parameters)
         self._count(1)
 
@@ -298,12 +297,11 @@ class BLAQ(LatentOptimizer):
     def _forward(self) -> None:
         self._check_untouched()
         pending = self._pending = _Pending({}, {}, {}, Snapshot.take(self.module, self._devices()))
-        fast = self._fast
-        for batch in batches(self._with_gradients()):
+        for batch in batches(self._with_gradients(), self._fast):
             pending.gradients.update(zip(batch.parameters, map(_kept, batch.gradients), strict=True))
             if batch.how is None:
                 pending.floats.update((p, p.clone()) for p in batch.parameters)
-            scales = steps.to_trial_point(batch, fast)
+            scales = steps.to_trial_point(batch)
             pending.scales.update(zip(batch.parameters, scales, strict=False))  # none without a grid
             self._has_written(batch.parameters)
         for p in pending.gradients:
@@ -322,10 +320,9 @@ class BLAQ(LatentOptimizer):
         self._tell_observers(pending.gradients)
         self._pending = self._before = None
         pending.after_first.restore()
-        fast = self._fast
-        for batch in batches(self._with_gradients()):
+        for batch in batches(self._with_gradients(), self._fast):
             first = [pending.gradients[p] for p in batch.parameters]
-            steps.two_gradients(batch, first, batch.gradients, fast)
+            steps.two_gradients(batch, first, batch.gradients)
             self._has_written(batch.parameters)
         self._count(2)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from blaq.exact import exact
 from blaq.grids import Grid
@@ -21,9 +22,8 @@ from blaq.optim.update import Rates
 from blaq.projection import dequantize, nearest_levels
 from blaq.solvers import follow
 
-COMPILED_FROM = (
-    2**20
-)  # weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short
+# Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
+COMPILED_FROM = 2**18
 # Rows that are added up on their own are loops of their own: better to compute an entry twice than to store it between them.
 _ROWS_APART: dict[str, Any] = {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000}
 _COMPILERS = (2, 13)  # torch from which compiled sums are as exact as those of torch itself
@@ -35,21 +35,22 @@ class How(NamedTuple):
     """What a pass is compiled for."""
 
     grid: Grid
-    solver: str
+    follows: bool
+    """Whether the pass itself finds the scale, from the last one; else it returns the metric that a solver needs."""
     curvature: str
 
 
-def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, apart: float | Tensor, r: Rates, how: How) -> Tensor:
-    """A step of LAQ, in place: its scale (R, S), or for the exact solver the metric d."""
-    return _scale_or_metric(w, update.laq(w, m, v, g, r), scale, apart, how)
+def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How) -> Tensor:
+    """A step of LAQ, in place: its scale (R, S) where it follows, else the metric d."""
+    return _scale_or_metric(w, update.laq(w, m, v, g, r), scale, aside, how)
 
 
 def forward(
-    w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, apart: float | Tensor, r: Rates, how: How
+    w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How
 ) -> tuple[Tensor, Tensor]:
     """The trial point w*; its scale, or the metric d."""
     w_trial, d = update.forward(w, m, v, g, r)
-    return w_trial, _scale_or_metric(w_trial, d, scale, apart, how)
+    return w_trial, _scale_or_metric(w_trial, d, scale, aside, how)
 
 
 def backtrack(
@@ -59,12 +60,12 @@ def backtrack(
     g: Tensor,
     g_trial: Tensor,
     scale: Tensor,
-    apart: float | Tensor,
+    aside: float | Tensor,
     r: Rates,
     how: How,
 ) -> Tensor:
     """The step with both gradients, in place: its scale, or the metric d'."""
-    return _scale_or_metric(w, update.backtrack(w, m, v, g, g_trial, r), scale, apart, how)
+    return _scale_or_metric(w, update.backtrack(w, m, v, g, g_trial, r), scale, aside, how)
 
 
 def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
@@ -74,7 +75,7 @@ def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
 
 def solve(w: Tensor, found: Tensor, how: How) -> Tensor:
     """The scale, float32 (R, S), from what a pass returned."""
-    if how.solver == "alternating":
+    if how.follows:
         return found
     if not w.numel():
         return torch.zeros(w.shape[0], how.grid.scales, device=w.device)
@@ -83,15 +84,15 @@ def solve(w: Tensor, found: Tensor, how: How) -> Tensor:
     return torch.cat(columns, 1).float()
 
 
-def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, apart: float | Tensor, how: How) -> Tensor:
-    if how.solver == "exact":
+def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor, how: How) -> Tensor:
+    if not how.follows:
         return d
     if not w.numel():
         return scale
     d = torch.ones_like(d) if how.curvature == "unit" else d
     sides = _sides(w, d, how.grid)
     last = [scale[:, i : i + 1].to(w.dtype) for i in range(how.grid.scales)]
-    found = [follow(u, d, how.grid, start, apart) for (u, d), start in zip(sides, last, strict=True)]
+    found = [follow(u, d, how.grid, start, aside) for (u, d), start in zip(sides, last, strict=True)]
     return torch.cat(found, 1).float()
 
 
@@ -106,22 +107,24 @@ def _sides(w: Tensor, d: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]:
 # --- compiled or not ------------------------------------------------------------------------------------------------------
 
 
-def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, apart: float, how: How, fast: bool) -> Any:
+def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How, fast: bool) -> Any:
     """A pass over tensors, compiled where `fast` and where it can be."""
     if not fast or not _Compiler.usable():
-        return function(*tensors, apart, r, how)
+        return function(*tensors, aside, r, how)
     like = tensors[0]
-    given = [value for value in (apart, *r) if value is not None]
+    given = [value for value in (aside, *r) if value is not None]
     numbers = torch.tensor(given, dtype=like.dtype, device=like.device)
-    absent = tuple(value is None for value in (apart, *r))
+    absent = tuple(value is None for value in (aside, *r))
     key = (function, how, absent, tensors[-1].shape[0] > 1)
-    return _Compiler.call(key, (*tensors, numbers), lambda: function(*tensors, apart, r, how))
+    return _Compiler.call(key, (*tensors, numbers), lambda: function(*tensors, aside, r, how))
 
 
 def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
     """`write`, compiled where `fast` and where it can be."""
     if fast and _Compiler.usable():
+        how = How(how.grid, False, "adam")  # the rest makes no difference here
         _Compiler.call((write, how, None, False), (p, w, scale), lambda: write(p, w, scale, how))
+        increment_version(p)  # the alias that was written to has a count of its own
     else:
         write(p, w, scale, how)
 
@@ -145,13 +148,19 @@ class _Compiler:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler about torch's own code
-                return _compiled(*key)(*tensors)
+                return _compiled(*key)(*map(_alias, tensors))
         except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
             cls.broken = True
             _log.warning(
                 "torch.compile does not work here, steps run uncompiled (slower): %s", " ".join(str(error).split()[:40])
             )
             return plain()
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, as no view of anything: the compiler looks at what a view is of, and compiles anew for other shapes."""
+    memory = tensor.untyped_storage()
+    return tensor.new_empty(0).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 @functools.cache
@@ -167,8 +176,8 @@ def _compiled(
             return function(*arguments, how)
         *tensors, numbers = arguments
         values = iter(numbers.unbind())
-        apart, *rates = [None if missing else next(values) for missing in absent]
-        return function(*tensors, apart, Rates(*rates), how)  # type: ignore[arg-type]
+        aside, *rates = [None if missing else next(values) for missing in absent]
+        return function(*tensors, aside, Rates(*rates), how)  # type: ignore[arg-type]
 
     # torch.compile keeps what it compiled with the code object, and only some of it: each pass has one of its own.
     own = types.FunctionType(with_numbers.__code__.replace(), globals(), closure=with_numbers.__closure__)

@@ -39,8 +39,8 @@ Delayed, one gradient a step: a control without a trial, which averages gradient
 
 The alternating solver in training goes on from the last alpha, a round a step, after an exact solve at the first step:
 
-    (17) of alpha, alpha (1 + e), alpha (1 - e), with e = 1/8, 1/32, 1/128 in turn, take the one with the best (3), then (2);
-         ternary grids, where (2) alone is quick, take alpha
+    (17) of alpha and alpha (1 + e), with e = 1/8, -1/32, 1/32, -1/128, 1/128, -1/8 in turn from the first step on, take the
+         one with the better (3), then (2); ternary grids, where (2) alone is quick, take alpha
 
 With unit curvature the projections of (8), (9), (13) and (15) have d = 1: the nearest level (BWN, TWN).
 """
@@ -111,10 +111,10 @@ def alternating_alpha(sizes: Floats, curvature: Floats, magnitudes: Levels, star
 
 
 def followed_alpha(sizes: Floats, curvature: Floats, magnitudes: Levels, last: float, t: int) -> float:
-    """The alpha of step t of a training, from that of the step before: (2) at the best of three alphas tried, (17)."""
-    apart = 2.0 ** -(3 + 2 * (t % 3))
+    """The alpha of step t of a training, from that of the step before: (2) at the better of two alphas tried, (17)."""
+    aside = (1 / 8, -1 / 32, 1 / 32, -1 / 128, 1 / 128, -1 / 8)[(t - 1) % 6]
     best = (0.0, max(sizes))  # no weight leaves zero at any of them: let the largest reach the largest level
-    tried = (last,) if magnitudes == [0, 1] else (last, last * (1 + apart), last * (1 - apart))
+    tried = (last,) if magnitudes == [0, 1] else (last, last * (1 + aside))
     for alpha in tried:
         b = [nearest(size, alpha, magnitudes) / magnitudes[-1] for size in sizes]
         s1 = sum(d * level * size for size, d, level in zip(sizes, curvature, b, strict=True))

@@ -8,16 +8,16 @@ from torch import Tensor
 from blaq.optim import passes, update
 from blaq.optim.batches import Batch
 from blaq.optim.update import Rates
-from blaq.solvers import steps_apart
+from blaq.solvers import look_aside
 
 
-def one_gradient(batch: Batch, trial: str, fast: bool) -> None:
+def one_gradient(batch: Batch, trial: str) -> None:
     """A step of LAQ, of "past", or of "delayed"."""
     remembered = batch.state("trial_grad") if trial in ("past", "delayed") else []
     if remembered and batch.states[0]["trial_step"] > 0:
         # "past": the last trial gradient stands in for g. "delayed": the last gradient for that of a trial.
         here, there = (remembered, batch.gradients) if trial == "past" else (batch.gradients, remembered)
-        two_gradients(batch, here, there, fast, write=trial != "past")
+        two_gradients(batch, here, there, write=trial != "past")
     else:
         w, m, v, g = _taken(batch, batch.gradients)
         _count(batch)
@@ -26,21 +26,21 @@ def one_gradient(batch: Batch, trial: str, fast: bool) -> None:
             update.laq(w, m, v, g, r)
         else:
             scale = batch.scales()
-            how = batch.how if trial != "past" else batch.how._replace(solver="exact")
-            found = passes.run(passes.laq, (w, m, v, g, scale), r, steps_apart(batch.t), how, fast)
+            how = batch.how if trial != "past" else batch.how._replace(follows=False)
+            found = passes.run(passes.laq, (w, m, v, g, scale), r, look_aside(batch.t), how, batch.fast)
             if trial != "past":
-                _write(batch, w, passes.solve(w, found, batch.how), fast)
+                _write(batch, w, passes.solve(w, found, batch.how))
         _put(batch, w, m, v)
     if remembered:
         torch._foreach_copy_(remembered, list(batch.gradients))
         for state in batch.states:
             state["trial_step"].fill_(batch.t)
     if trial == "past":
-        _hold_next_trial(batch, fast)
+        _hold_next_trial(batch)
 
 
 def two_gradients(
-    batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor], fast: bool, *, write: bool = True
+    batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor], *, write: bool = True
 ) -> None:
     """Back from the trial point and on with the blend of both gradients."""
     w, m, v, g = _taken(batch, first)
@@ -51,36 +51,36 @@ def two_gradients(
         update.backtrack(w, m, v, g, g_trial, r)
     else:
         tensors = (w, m, v, g, g_trial, batch.scales())
-        how = batch.how if write else batch.how._replace(solver="exact")  # which leaves the scale for later
-        found = passes.run(passes.backtrack, tensors, r, steps_apart(batch.t), how, fast)
+        how = batch.how if write else batch.how._replace(follows=False)
+        found = passes.run(passes.backtrack, tensors, r, look_aside(batch.t), how, batch.fast)
         if write:
-            _write(batch, w, passes.solve(w, found, batch.how), fast)
+            _write(batch, w, passes.solve(w, found, batch.how))
     _put(batch, w, m, v)
 
 
-def to_trial_point(batch: Batch, fast: bool) -> list[Tensor]:
+def to_trial_point(batch: Batch) -> list[Tensor]:
     """Let the parameters hold the trial point; nothing of the state changes. Returns its scales, one a parameter."""
     w, m, v, g = _taken(batch, batch.gradients)
-    return _ahead(batch, w, m, v, g, fast)
+    return _ahead(batch, w, m, v, g)
 
 
-def _hold_next_trial(batch: Batch, fast: bool) -> None:
+def _hold_next_trial(batch: Batch) -> None:
     """ "past": where a step along the newest trial gradient would lead."""
     ahead = batch.next()
     w, m, v, g = _taken(ahead, ahead.gradients)
-    for state, scale in zip(ahead.states, _ahead(ahead, w, m, v, g, fast), strict=False):
+    for state, scale in zip(ahead.states, _ahead(ahead, w, m, v, g), strict=False):
         state["scale"] = scale
 
 
-def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor, fast: bool) -> list[Tensor]:
+def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
     r = Rates.of(batch.group, batch.t)
     if batch.how is None:
         batch.put_new(update.forward(w, m, v, g, r)[0], batch.parameters)
         return []
     tensors = (w, m, v, g, batch.scales())
-    w_trial, found = passes.run(passes.forward, tensors, r, steps_apart(batch.t), batch.how, fast)
+    w_trial, found = passes.run(passes.forward, tensors, r, look_aside(batch.t), batch.how, batch.fast)
     scale = passes.solve(w_trial, found, batch.how)
-    _write_values(batch, w_trial, scale, fast)
+    _write_values(batch, w_trial, scale)
     return list(torch.split(scale, batch.rows))
 
 
@@ -99,15 +99,15 @@ def _count(batch: Batch) -> None:
     torch._foreach_add_(batch.state("step"), 1)
 
 
-def _write(batch: Batch, w: Tensor, scale: Tensor, fast: bool) -> None:
+def _write(batch: Batch, w: Tensor, scale: Tensor) -> None:
     for state, piece in zip(batch.states, torch.split(scale, batch.rows), strict=True):
         state["scale"] = piece.clone() if len(batch.states) > 1 else piece
-    _write_values(batch, w, scale, fast)
+    _write_values(batch, w, scale)
 
 
-def _write_values(batch: Batch, w: Tensor, scale: Tensor, fast: bool) -> None:
+def _write_values(batch: Batch, w: Tensor, scale: Tensor) -> None:
     assert batch.how is not None
     alone = len(batch.parameters) == 1
     p = batch.take(batch.parameters) if alone else torch.empty_like(w, dtype=batch.parameters[0].dtype)
-    passes.run_write(p, w, scale, batch.how, fast)
+    passes.run_write(p, w, scale, batch.how, batch.fast)
     batch.put(p, batch.parameters)
