@@ -81,8 +81,8 @@ def held_values(w: Tensor, scale: Tensor, group: Group) -> Tensor:
     w_RN = in_rows(w, _rows(w, scale))
     values_RN = torch.empty_like(w_RN, dtype=torch.float32)
     rows = max(1, _BLOCK // max(1, w_RN.shape[1]))
-    for block, its_scale, values in zip(*(t.split(rows) for t in (w_RN, scale, values_RN)), strict=True):
-        for some, to in zip(block.split(_BLOCK, 1), values.split(_BLOCK, 1), strict=True):
+    for block, its_scale, values in zip(*(torch.split(t, rows) for t in (w_RN, scale, values_RN)), strict=True):
+        for some, to in zip(torch.split(block, _BLOCK, 1), torch.split(values, _BLOCK, 1), strict=True):
             to.copy_(dequantize(nearest_levels(some, its_scale, grid), its_scale, grid))
     return values_RN.view(w.shape)
 
