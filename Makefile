@@ -20,6 +20,9 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py --out docs/results
+	$(BIN)/python benchmarks/step_figure.py
+	$(BIN)/python benchmarks/memory.py --out docs/results
+	$(BIN)/python benchmarks/data.py --out docs/results
 	$(BIN)/python benchmarks/packing.py --out docs/results
 
 .venv/installed: pyproject.toml constraints.txt

@@ -1,8 +1,8 @@
 """How long data take to be there, and whether they hold training up: `python benchmarks/data.py --out docs/results`.
 
-A run starts in a process of its own, with an empty cache and again with the cache of the first: from the start of the process to
-the first batch, and apart how much of that is importing. Then, in one process, the time of a batch of the loader beside that
-of a gradient of LeNet-5 on it, in turn, over whole epochs. Nothing here is a test: numbers are recorded, not gated.
+A run starts in a process of its own, with an empty cache and again with the cache of the first: from the start of the process
+to the first batch, and apart how much of that is importing. Then, in one process, the time of a batch of the loader beside
+that of a gradient of LeNet-5 on it, in turn, over an epoch. Nothing here is a test: numbers are recorded, not gated.
 """
 
 import argparse
@@ -134,17 +134,17 @@ def write(report: dict[str, Any], folder: Path) -> None:
     lines = [
         "# Data: starting, and keeping up",
         "",
-        "`python benchmarks/data.py --out docs/results`. Images are decoded once into a memory-mapped file, keyed by the content of",
-        "their files; the mean and deviation of the training images are found at every start, and images are normalised batch by",
-        "batch, for they depend on the split that is asked for.",
+        "`python benchmarks/data.py --out docs/results`. Images are decoded once into a memory-mapped file, keyed by the",
+        "content of their files; mean and deviation of the training images are found at every start, and images are normalised",
+        "batch by batch, for they depend on the split that is asked for.",
         "",
         f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
         "",
         "## Starting",
         "",
-        "Seconds from the start of a process to its first batch: importing torch and the readers of data, and the rest. The first",
-        f"start decodes; the second is the median of {STARTS} with the cache of the first. Aim: the second within {TARGET:g} s, without",
-        "the imports.",
+        "Seconds from the start of a process to its first batch: starting Python and importing torch and the readers of data;",
+        f"and the rest. The first start decodes; the second is the median of {STARTS} with the cache of the first. Aim: the",
+        f"second within {TARGET:g} s, without the imports.",
         "",
         "| data set | first: imports | first: data | second: imports | second: data | second: all | |",
         "|---|---:|---:|---:|---:|---:|---|",
@@ -161,9 +161,9 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "",
         "## Keeping up",
         "",
-        f"Recipe `{beside['recipe']}`, batches of {beside['batch_size']}, median of {beside['batches']}, in turn: a batch takes "
-        f"{beside['batch_ms']:.2f} ms, a gradient on it {beside['gradient_ms']:.1f} ms:",
-        f"{100 * beside['share']:.1f} %. The first batch, which shuffles the epoch, takes {beside['first_batch_ms']:.1f} ms.",
+        f"Recipe `{beside['recipe']}`, batches of {beside['batch_size']}, medians of {beside['batches']}, in turn: a batch",
+        f"takes {beside['batch_ms']:.2f} ms, a gradient on it {beside['gradient_ms']:.1f} ms: {100 * beside['share']:.1f} %.",
+        f"The first batch, which shuffles the epoch, takes {beside['first_batch_ms']:.1f} ms.",
     ]
     (folder / "data.md").write_text("\n".join(lines) + "\n")
 

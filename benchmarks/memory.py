@@ -188,7 +188,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "`blaq.memory_report` tells before training, one temporary of the size of the largest tensor included. `state` is what",
         "stays after the steps, `start` building the optimizer, `first` the first step, which is solved exactly, `steps` three",
         'more, `eval` what `trial="past"` does to evaluate. AdamW is told 8. "over" marks what is more than a tenth of a',
-        "byte above. Repeat with `python benchmarks/memory.py --out docs/results`.",
+        "byte above. Repeat with `python benchmarks/memory.py --out docs/results`, which takes `--weights` and `--cases`.",
         "",
         f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
     ]

@@ -46,3 +46,35 @@ def test_the_memory_of_training(tmp_path: Path) -> None:
         assert abs(row["measured"]["state"] - row["told"]["state"]) < 2**22
         assert row["measured"]["steps"] > row["told"]["held"] - 2**22
     assert "| fresh | ternary | alternating | no |" in (tmp_path / "memory.md").read_text()
+
+
+def test_the_start_of_a_run(tmp_path: Path) -> None:
+    data = loaded("data")
+    data.STARTS = 1
+    quick = [argument for setting in ("train=600", "batch_size=50") for argument in ("--set", f"data.{setting}")]
+    data.main(["--sources", "digits", "--recipe", "demo", *quick, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "data.json").read_text())
+    (row,) = report["starts"]
+    for start in (row["first"], row["second"]):
+        assert start["imports"] > 0 and abs(start["imports"] + start["data"] - start["all"]) < 0.02
+    assert (report["loader"]["batch_size"], report["loader"]["batches"]) == (50, 12)
+    assert "| digits |" in (tmp_path / "data.md").read_text()
+
+
+def test_the_picture_of_the_steps() -> None:
+    pytest.importorskip("plotly")
+    picture = loaded("step_figure")
+    report = json.loads((BENCHMARKS.parent / "docs" / "results" / "step.json").read_text())
+    tables = [table for table in report["tables"] if table["peer"] == "fused"]
+    targets, *measured = picture.figure(report).data
+    for table, trace in zip(tables, measured, strict=True):
+        assert list(trace.x) == [row["ratio"] for row in table["rows"]]
+        assert [dict(zip(targets.y, targets.x, strict=True))[name] for name in trace.y] == [
+            row["target"] for row in table["rows"]
+        ]
+        ends = zip(trace.x, trace.error_x.arrayminus, trace.error_x.array, strict=True)
+        assert [[round(x - low, 2), round(x + high, 2)] for x, low, high in ends] == [
+            row["range"] for row in table["rows"]
+        ]
+    with pytest.raises(SystemExit, match="no table"):
+        picture.figure({"tables": []})

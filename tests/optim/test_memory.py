@@ -114,7 +114,7 @@ def test_before_there_are_weights() -> None:
 def test_the_lines() -> None:
     groups = blaq.param_groups(nn.Linear(1000, 10), bits=1)
     assert str(blaq.memory_report(groups)).splitlines() == [
-        "training takes 160.2 kB beyond parameters and gradients (16.00 bytes a weight); temporaries 40.0 kB (the largest tensor)",
+        "training takes 160.2 kB beyond parameters and gradients (16.00 bytes a weight); temporaries 40.0 kB (largest tensor)",
         "  trial fresh: moments 80.1 kB, latent weights 40.0 kB, scales 4 B, put aside during a trial 40.1 kB",
     ]
     assert "put aside while evaluating 40.0 kB" in str(blaq.memory_report(groups, "past"))

@@ -90,7 +90,7 @@ class MemoryReport:
         }
         return (
             f"training takes {size(total.bytes)} beyond parameters and gradients ({total.bytes_per_weight:.2f} bytes a "
-            f"weight); temporaries {size(self.temporaries)} (the largest tensor)\n"
+            f"weight); temporaries {size(self.temporaries)} (largest tensor)\n"
             f"  trial {self.trial}: {', '.join(f'{name} {size(count)}' for name, count in parts.items() if count)}"
         )
 
@@ -119,7 +119,7 @@ def memory_report(
         >>> report.rows[0].latent, report.total.state
         (40000, 120092)
         >>> print(report)
-        training takes 120.1 kB beyond parameters and gradients (12.00 bytes a weight); temporaries 40.0 kB (the largest tensor)
+        training takes 120.1 kB beyond parameters and gradients (12.00 bytes a weight); temporaries 40.0 kB (largest tensor)
           trial none: moments 80.1 kB, latent weights 40.0 kB, scales 4 B
     """
     if isinstance(groups_or_optimizer, Optimizer) and not isinstance(groups_or_optimizer, LatentOptimizer):
