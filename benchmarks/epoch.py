@@ -114,7 +114,8 @@ def compared(ours: Training, peer: Training, options: argparse.Namespace) -> dic
     """The ratio of neighbouring blocks, after steps that warm both up and a first probe."""
     for training in (peer, ours):
         seconds(training.run, max(3, options.every), options.device)
-    own, theirs = [], []
+    own: list[float] = []
+    theirs: list[float] = []
     for block in range(options.blocks):
         turns: list[tuple[Training, list[float]]] = [(peer, theirs), (ours, own)]
         for training, times in turns if block % 2 == 0 else reversed(turns):

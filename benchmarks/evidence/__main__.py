@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.ablation is None and not options.compare:
         parser.error("name at least one folder with --ablation or --compare.")
     options.out.mkdir(parents=True, exist_ok=True)
-    compared = [read_folder(path) for path in options.compare]
-    ablated = [] if options.ablation is None else [read_folder(options.ablation)]
+    compared = [read_folder(path, "compare") for path in options.compare]
+    ablated = [] if options.ablation is None else [read_folder(options.ablation, "ablate")]
     pages: dict[str, tuple[str, list[str]]] = {}
     for folder in ablated:
         pages["ablation"] = ablation.page(folder)

@@ -1,6 +1,6 @@
 """The page of the ablation: is the effect of a, and of the period m, larger than seed noise?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,8 +91,7 @@ class Finding:
     """What a measure says.
 
     Attributes:
-        below: of the settings with a < 1 among each other.
-        all: with a = 1 among them.
+        tests: name to the spread of settings against seed noise; the first is of all of them, a = 1 once.
         differences: of each setting with a < 1 to a = 1, and the corrected p.
     """
 
@@ -100,24 +99,25 @@ class Finding:
     name: str
     unit: str
     digits: int
-    below: Noise
-    all: Noise
+    tests: Mapping[str, Noise]
     differences: Sequence[tuple[Row, Difference, float]]
 
     def sentence(self) -> str:
         """The answer."""
-        noise = self.all
-        verdict = "differ beyond seed noise" if noise.beyond else "do not differ beyond seed noise"
+        (_, noise), *parts = self.tests.items()
+        answer, verdict = ("yes", "differ") if noise.beyond else ("not shown", "do not differ")
         lower, higher = (self._beyond(sign) for sign in (-1, 1))
         chance = LEVEL * len(self.differences)
         own = sum(difference.verdict != "open" for _, difference, _ in self.differences)
         best = min(self.differences, key=lambda item: item[1].mean)[0]
         return (
-            f"**{self.name}**: the {noise.settings} settings {verdict} ({p_is(noise.p)}). Their means spread with a "
+            f"**{self.name}**: {answer}; the {noise.settings} settings {verdict} beyond seed noise "
+            f"({p_is(noise.p)}). Their means spread with a "
             f"standard deviation of {noise.spread:.{self.digits}f}{self.unit}, where seed noise alone gives "
             f"{noise.noise_spread:.{self.digits}f}, and over a range of {noise.range:.{self.digits}f}, where noise "
             f"alone gives {noise.noise_range:.{self.digits}f} (95 %: up to "
-            f"{noise.noise_range_most:.{self.digits}f}). Among a < 1 alone: {p_is(self.below.p)}. Against a = 1, "
+            f"{noise.noise_range_most:.{self.digits}f}). "
+            f"{'; '.join(f'{name}: {p_is(of.p)}' for name, of in parts)}. Against a = 1, "
             f"{len(lower)} of {len(self.differences)} settings are lower and {len(higher)} higher beyond noise "
             f"(corrected); by their own intervals {own}, of which {chance:.2g} by chance. Of a < 1 the lowest mean "
             f"has a = {best.a:g}, m = {best.period}"
@@ -142,9 +142,23 @@ def findings(folder: Folder, grid: Grid) -> list[Finding]:
             (row, Difference(tuple((of - values[0]).tolist())), p)
             for row, of, p in zip(grid.below, values[1:], corrected, strict=True)
         ]
-        below = noise_of(values[1:]) if len(grid.below) > 1 else noise_of(values)
-        found.append(Finding(field, name, unit, digits, below, noise_of(values), differences))
+        tests = {name: noise_of(part) for name, part in parts(grid, field).items() if len(part) > 1}
+        found.append(Finding(field, name, unit, digits, tests, differences))
     return found
+
+
+def parts(grid: Grid, field: str) -> dict[str, Values]:
+    """What is tested, (settings, seeds) each: all; those with a < 1; a alone, the mean over m; a for each m, with a = 1."""
+    tables = {"all": grid.table(field, [grid.laq, *grid.below]), "a < 1": grid.table(field, grid.below)}
+    periods = sorted({row.period for row in grid.below})
+    by_a = {a: [row for row in grid.below if row.a == a] for a in sorted({row.a for row in grid.below})}
+    if len(periods) > 1:
+        whole = [grid.table(field, rows).mean(axis=0) for rows in by_a.values() if len(rows) == len(periods)]
+        tables["a < 1, mean over m"] = np.array(whole)
+        for period in periods:
+            rows = [grid.laq, *(row for row in grid.below if row.period == period)]
+            tables[f"a up to 1 at m = {period}"] = grid.table(field, rows)
+    return tables
 
 
 def page(folder: Folder) -> tuple[str, list[str]]:
@@ -165,8 +179,8 @@ def page(folder: Folder) -> tuple[str, list[str]]:
         f"```\n{folder.command()}\n```",
         bullets(answers),
         "Test: the values of each seed are dealt anew to the settings, 20,000 times; p is the share of deals whose "
-        "means spread as far. F asks the same of normal noise. What seed noise alone gives is reckoned from the "
-        "rest that settings and seeds leave.",
+        "means spread as far. Few settings and seeds have few deals, so that p cannot become small; F asks the same of "
+        "normal noise. What seed noise alone gives is reckoned from the rest that settings and seeds leave.",
         bullets(caveats),
     ]
     for finding in found:
@@ -187,7 +201,7 @@ def _grid_table(grid: Grid, finding: Finding) -> str:
 
 def _noise_table(found: Finding) -> str:
     rows = []
-    for name, noise in (("a < 1", found.below), ("with a = 1", found.all)):
+    for name, noise in found.tests.items():
         d = found.digits
         rows.append([
             name, str(noise.settings), f"{noise.seed_sd:.{d}f}", f"{noise.spread:.{d}f}", f"{noise.noise_spread:.{d}f}",

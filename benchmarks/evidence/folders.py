@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from blaq.train.compare import REFERENCE
 from blaq.train.config import Recipe, load_recipe
@@ -160,15 +160,17 @@ class Folder:
         (target / "command.txt").write_text(self.command() + "\n", encoding="utf-8")
 
 
-def read_folder(path: Path) -> Folder:
-    """Read a folder.
+def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
+    """Read a folder of `blaq compare` or `blaq ablate`.
 
     Raises:
-        ValueError: it is not one of `blaq compare` or `blaq ablate`, or has no finished run.
+        ValueError: it is not of that kind, or has no finished run.
     """
     if not (path / "comparison.json").exists():
         raise ValueError(f"evidence: {path} has no comparison.json; name a folder that blaq compare or ablate wrote.")
     design = json.loads((path / "comparison.json").read_text(encoding="utf-8"))
+    if design["kind"] != kind:
+        raise ValueError(f"evidence: {path} is a folder of blaq {design['kind']}, expected one of blaq {kind}.")
     runs, recipes, zigzag, missing, versions = [], {}, {}, [], None
     for recipe_file in sorted((path / "runs").glob("*/recipe.toml")):
         directory = RunDirectory(recipe_file.parent)
