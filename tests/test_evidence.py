@@ -246,7 +246,7 @@ def test_the_zigzag_is_that_of_the_second_half(module: Module, compared: Path, t
 def test_costs_to_equal_loss(module: Module, compared: Path, tmp_path: Path) -> None:
     options = dict(DEMO.model.options)
     times = [("float", "32", "-", 1.1), ("blaq", "1", "exact", 2.2), ("laq", "1", "alternating", 9.0)]
-    entry = {"model": "mlp", "options": options, "rows": [
+    entry = {"model": "mlp", "options": options, "batch": 50, "rows": [
         {"method": method, "bits": bits, "solver": solver, "ratio": ratio, "target": 2.05 if method == "blaq" else None}
         for method, bits, solver, ratio in times
     ]}  # fmt: skip
@@ -263,6 +263,10 @@ def test_costs_to_equal_loss(module: Module, compared: Path, tmp_path: Path) -> 
     assert float(rows["blaq"]["memory_over_float"]) == 2
     assert float(rows["blaq"]["time_over_float"]) == pytest.approx(20 * 2.2 / (10 * 1.1))
     assert rows["laq"]["time_over_float"] == ""  # timed with another solver alone
+    (tmp_path / "epoch.json").write_text(json.dumps({"recipes": {"other": entry | {"batch": 51}}}))
+    make(module, tmp_path / "out", "--compare", str(compared), "--epoch", str(tmp_path / "epoch.json"))
+    with (tmp_path / "out" / "cost.csv").open() as file:
+        assert {row["step_over_adamw"] for row in csv.DictReader(file)} == {""}
 
 
 def test_equal_gradients_stay_apart_from_equal_steps(module: Module, compared: Path, tmp_path: Path) -> None:

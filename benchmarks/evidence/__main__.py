@@ -10,6 +10,7 @@ number of the pages is typed by hand.
 
 import argparse
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -117,4 +118,7 @@ def _reach(seeds: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(str(error))

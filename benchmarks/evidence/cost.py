@@ -22,8 +22,9 @@ class Times:
         """The ratio to AdamW of a step of the same network, method, bits and solver; None if it was not timed."""
         optim = folder.recipe_of(setting.runs[0]).optim
         for entry in self.report.get("recipes", {}).values():
-            network = folder.recipe.model
-            if (entry["model"], entry["options"]) != (network.name, json.loads(json.dumps(dict(network.options)))):
+            network, batch = folder.recipe.model, folder.recipe.data.batch_size
+            own = network.name, json.loads(json.dumps(dict(network.options))), batch
+            if (entry["model"], entry["options"], entry["batch"]) != own:
                 continue
             for row in entry["rows"]:
                 same = (row["method"], str(row["bits"]), row["solver"])
@@ -51,7 +52,7 @@ def page(folders: Sequence[Folder], times: Times, out: Path) -> tuple[str, list[
         "target, the mean over seeds; `-` where not every seed got there. The target is the lowest loss that every "
         "run of the same data, bits and budget reached, or the one that was asked for. Time to it, in units of what "
         "float took: its steps times the time of a step that [epoch.md](../epoch.md) measured on an idle machine, "
-        "over the same of float; empty where that network, method, bits and solver were not timed. The seconds of "
+        "over the same of float; `-` where that network, batch, method, bits and solver were not timed. The seconds of "
         "the runs themselves are in `results.csv`: they were taken side by side with other work, and say nothing "
         "about speed.",
     ]
