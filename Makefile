@@ -20,6 +20,8 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/step.py --out docs/results
+	$(BIN)/python benchmarks/epoch.py mnist-lenet5 --out docs/results
+	$(BIN)/python benchmarks/probes.py --out docs/results
 	$(BIN)/python benchmarks/packing.py --out docs/results
 
 .venv/installed: pyproject.toml constraints.txt

@@ -100,6 +100,15 @@ def test_a_failing_run_leaves_the_others(folder: Path) -> None:
     assert [(row["method"], row["seed"]) for row in rows] == [("laq", 6), ("float", 5), ("float", 6)]
 
 
+def test_a_failure_after_the_last_success_is_written_too(folder: Path) -> None:
+    Path("out/runs/laq-b3-s6").mkdir(parents=True)
+    Path("out/runs/laq-b3-s6/notes.txt").touch()
+    command = ("compare", "tiny.toml", "--methods", "laq", "--seeds", "2", "--out", "out")
+    assert blaq(*command).exit_code == blaq(*command).exit_code == 1  # the second finds the first seed finished
+    assert list(json.loads(Path("out/results.json").read_text())["failures"]) == ["laq-b3-s6"]
+    assert "Failed: laq-b3-s6: train(out='out/runs/laq-b3-s6')" in Path("out/results.md").read_text()
+
+
 def test_ablate_runs_the_grid(folder: Path) -> None:
     train = ("--set", "train.epochs=1", "--seeds", "1")
     ablated = blaq("ablate", "tiny.toml", "--set", "optim.a=0.9:1:0.1", *train)
