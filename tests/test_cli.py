@@ -132,6 +132,10 @@ def test_list_names_everything(folder: Path) -> None:
         (("train", "tyni.toml"), "tyni.toml"),
         (("eval", "runs/none"), "'runs/none' holds no run"),
         (("inspect", "runs/none"), "'runs/none' holds no run"),
+        (
+            ("inspect", "m.onnx"),
+            "'m.onnx' is a file for ONNX Runtime, expected a run or a packed file; how such a file",
+        ),
         (("compare", "tiny.toml", "--methods", "laq,lqa"), "lqa"),
         (
             ("compare", "tiny.toml", "--methods", "laq,laq"),
@@ -194,17 +198,27 @@ def test_a_bug_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("missing", "importer", "command"),
-    [("typer", "blaq.cli", "list"), ("rich", "blaq.cli", "list"), ("lightning.pytorch", "blaq.train.run", "eval run")],
+    ("missing", "importer", "command", "extra"),
+    [
+        ("typer", "blaq.cli", "list", "train"),
+        ("rich", "blaq.cli", "list", "train"),
+        ("lightning.pytorch", "blaq.train.run", "eval run", "train"),
+        ("openvino", "blaq.export.openvino", "bench there.xml", "openvino"),
+        ("onnx", "blaq.export.onnx", "bench there.onnx", "onnx"),
+        ("jinja2", "blaq.report.page", "report run --out page.html", "report"),
+    ],
 )
 def test_a_missing_extra_says_what_to_install(
     missing: str,
     importer: str,
     command: str,
+    extra: str,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    for suffix in (".xml", ".bin", ".onnx"):
+        Path("there").with_suffix(suffix).touch()
     monkeypatch.setitem(sys.modules, missing, None)  # importing it fails as if it were not there
     for name in [name for name in sys.modules if name.partition(importer)[:2] == ("", importer)]:
         monkeypatch.delitem(sys.modules, name)
@@ -213,7 +227,7 @@ def test_a_missing_extra_says_what_to_install(
         main()
     assert exit_.value.code == 2
     package = missing.partition(".")[0]
-    assert capsys.readouterr().err == f"blaq: {package} is not installed; pip install 'blaq[train]'\n"
+    assert capsys.readouterr().err == f"blaq: {package} is not installed; pip install 'blaq[{extra}]'\n"
 
 
 def test_python_m_blaq_and_what_import_blaq_brings_along() -> None:
