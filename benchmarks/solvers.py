@@ -1,4 +1,4 @@
-"""Whether following the scale is as good as solving exactly: `python benchmarks/solvers.py RECIPE --out docs/results/solvers-NAME`.
+"""Is following the scale as good as solving exactly: `python benchmarks/solvers.py RECIPE --out docs/results/solvers-NAME`.
 
 A recipe is trained by LAQ with either solver, from several seeds. After every step of the run that follows, the gap: how
 much larger its error, sum d (w - scale level)^2, is than with the exact scale for the same latent weights and metric. At
@@ -62,10 +62,8 @@ class Gaps:
 def trained(recipe: Recipe, dataset: Dataset, *, look: bool) -> tuple[float, float, list[float]]:
     """Training loss of the last epoch, test error after it, and the gaps."""
     module = TaskModule(recipe, dataset)
-    module.configure_optimizers()
-    opt, tally = module.optimizer, Tally()
     schedule = module.configure_optimizers()
-    opt = module.optimizer
+    opt, tally = module.optimizer, Tally()
     advance = schedule["lr_scheduler"]["scheduler"].step if isinstance(schedule, dict) else lambda: None
     gaps = Gaps(opt)
     if look:

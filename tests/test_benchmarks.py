@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ def benchmark(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -97,3 +99,17 @@ def test_the_table_of_probes(tmp_path: Path) -> None:
     lines = [cells(line) for line in (tmp_path / "probes.md").read_text().splitlines() if line.startswith("| laq")]
     assert [line[-2:] for line in lines] == [["", ""], ["5", "missed" * probes.missed(report["probes"][1])]]
     assert "--methods laq" in report["command"]
+
+
+def test_the_memory_of_training(tmp_path: Path) -> None:
+    memory = benchmark("memory")
+    chosen = ["adamw", "fresh-ternary-alternating-plain"]
+    memory.main(["--weights", "4194304", "--cases", *chosen, "--out", str(tmp_path)])
+    adamw, fresh = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert (adamw["weights"], fresh["weights"]) == (2**22, 2**22)
+    # Two moments; and with a latent weight, a scale and a counter. What lies around in 16 MB tensors is not exact to the byte.
+    assert (adamw["told"]["state"], fresh["told"]["state"]) == (8 * 2**22, 12 * 2**22 + 8)
+    for row in (adamw, fresh):
+        assert abs(row["measured"]["state"] - row["told"]["state"]) < 2**22
+        assert row["measured"]["steps"] > row["told"]["held"] - 2**22
+    assert "| fresh | ternary | alternating | no |" in (tmp_path / "memory.md").read_text()

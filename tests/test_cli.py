@@ -59,6 +59,17 @@ def test_train_eval_and_inspect(folder: Path) -> None:
     assert "of 7 levels" in inspected.stdout
 
 
+def test_plan_tells_sizes_and_memory_without_the_data(folder: Path) -> None:
+    (folder / "tiny.toml").write_text(RECIPE.to_toml().replace("digits", "nobody/has-this"))
+    planned = blaq("plan", "tiny.toml", "--set", "optim.method=past")
+    assert planned.exit_code == 0, planned.output
+    lines = planned.output.splitlines()
+    assert lines[1].split()[:6] == ["fc1.weight", "16", "x", "64", "linear3", "per"]
+    assert lines[-2].startswith("training takes ")
+    assert lines[-1].startswith("  trial past: moments ")
+    assert "trial none: moments" in blaq("plan", "tiny.toml", "--set", "optim.method=float").output
+
+
 def test_a_float_run_is_named_without_bits(folder: Path) -> None:
     assert blaq("train", "tiny.toml", "--set", "optim.method=float", "--set", "train.epochs=1").exit_code == 0
     assert Path("runs/tiny-float-s5/result.json").exists()

@@ -17,7 +17,7 @@ import blaq
 
 PACKAGE = Path(blaq.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-RESULTS = {"Plan", "Quantized"}  # results of functions whose example shows them
+RESULTS = {"MemoryReport", "Plan", "Quantized"}  # results of functions whose example shows them
 
 # A part may import the parts left of it; tasks know nothing of bits, so they stand apart.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -119,7 +119,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 def test_all_is_what_can_be_imported() -> None:
     assert sorted(set(blaq.__all__)) == sorted(blaq.__all__)
-    assert {"Grid", "project", "param_groups", "plan", "BLAQ", "LAQ"} <= set(blaq.__all__)
+    assert {"Grid", "project", "param_groups", "plan", "memory_report", "BLAQ", "LAQ"} <= set(blaq.__all__)
     source = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     assigned = {alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert assigned - {"Any", "TYPE_CHECKING", "import_module"} == set(blaq.__all__)

@@ -12,6 +12,7 @@ from blaq.grids import Grid
 from blaq.optim.blaq import BLAQ
 from blaq.optim.groups import param_groups
 from blaq.optim.laq import LAQ
+from blaq.optim.memory import MemoryReport, memory_report
 from blaq.optim.plan import Plan, plan
 from blaq.projection import Quantized, project
 
@@ -24,11 +25,13 @@ __all__ = [
     "BLAQ",
     "LAQ",
     "Grid",
+    "MemoryReport",
     "Plan",
     "Quantized",
     "export_onnx",
     "export_openvino",
     "load_packed",
+    "memory_report",
     "param_groups",
     "plan",
     "project",

@@ -94,7 +94,7 @@ def solve_scale(w_RN: Tensor, d_RN: Tensor | None, grid: Grid, solver: str, star
     """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked."""
     if w_RN.shape[1] == 0:
         return torch.zeros(w_RN.shape[0], grid.scales, device=w_RN.device)
-    d_RN = torch.ones_like(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)
+    d_RN = w_RN.new_ones(()).expand_as(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)  # a single 1 in memory
     if grid.two_scales:
         # Either sign is a problem of its own in which the entries of the other sign have no weight.
         below = w_RN < 0

@@ -1,4 +1,4 @@
-"""``blaq train``, ``eval`` and ``list``."""
+"""``blaq plan``, ``train``, ``eval`` and ``list``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,20 @@ from blaq.cli.app import (
     console,
     say,
 )
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Show what a recipe makes of each parameter, how large the result will be, and the memory that training takes."""
+    from blaq.optim.memory import memory_report
+    from blaq.optim.plan import plan as table
+    from blaq.tasks.models import build_model
+    from blaq.train.config import load_recipe
+    from blaq.train.module import build_groups
+
+    resolved = load_recipe(recipe, set_ or ())
+    groups = build_groups(build_model(resolved.model.name, **resolved.model.options), resolved.optim)
+    say(f"{table(groups)}\n{memory_report(groups, resolved.optim.trains_by.trial)}")
 
 
 @app.command()

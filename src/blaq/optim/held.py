@@ -15,6 +15,9 @@ from blaq.optim.update import Group
 from blaq.projection import check_finite, codes_of, dequantize, in_rows, nearest_levels, row_shape, solve_scale, widen
 
 State = dict[str, Any]
+_BLOCK = (
+    2**20
+)  # entries whose values are made at once: what that takes besides the values need not be as large as they are
 
 
 def initial_state(p: Tensor, name: str, group: Group) -> State:
@@ -75,7 +78,13 @@ def exact_scale(w: Tensor, d: Tensor | None, rows: int, group: Group) -> Tensor:
 def held_values(w: Tensor, scale: Tensor, group: Group) -> Tensor:
     """The quantized values of w at a scale: float32, shape of w. Also finds the values of an already quantized w."""
     grid = Grid.parse(group["grid"])
-    return dequantize(nearest_levels(in_rows(w, _rows(w, scale)), scale, grid), scale, grid).view(w.shape)
+    w_RN = in_rows(w, _rows(w, scale))
+    values_RN = torch.empty_like(w_RN, dtype=torch.float32)
+    rows = max(1, _BLOCK // max(1, w_RN.shape[1]))
+    for block, its_scale, values in zip(*(torch.split(t, rows) for t in (w_RN, scale, values_RN)), strict=True):
+        for some, to in zip(torch.split(block, _BLOCK, 1), torch.split(values, _BLOCK, 1), strict=True):
+            to.copy_(dequantize(nearest_levels(some, its_scale, grid), its_scale, grid))
+    return values_RN.view(w.shape)
 
 
 def held_codes(p: Tensor, scale: Tensor, group: Group) -> Tensor:

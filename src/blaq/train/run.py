@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
+from blaq.optim.memory import memory_report
 from blaq.optim.plan import Plan, plan
 from blaq.tasks.data import Dataset, load_dataset
 from blaq.train import probes
@@ -109,8 +110,9 @@ def train(
     with _settings(recipe.train.threads):
         module = TaskModule(recipe, dataset or load_data(recipe.data))
         module.check()
-        size = plan(build_groups(module.model, recipe.optim))
-        display.detail(f"{size}\n")
+        groups = build_groups(module.model, recipe.optim)
+        size = plan(groups)
+        display.detail(f"{size}\n{memory_report(groups, recipe.optim.trains_by.trial)}\n")
         directory.create(recipe)
         with directory.locked():
             for change in directory.version_changes():

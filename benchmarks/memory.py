@@ -1,0 +1,243 @@
+"""The memory that training takes beyond parameters and gradients: `python benchmarks/memory.py --out docs/results`.
+
+A fresh process for each case takes the step on a few weights, so that code is loaded and compiled; then come parameters
+and gradients, the optimizer, a first step, three more, and `eval`. Measured is the peak of the resident memory (VmHWM of
+Linux, set back before each stage), less what was resident before the parameters, less parameters and gradients by their
+exact size. What the C library keeps of freed memory is handed back between the stages (malloc_trim). Beside it stands what
+`blaq.memory_report` tells before training. A busy machine does not change the numbers.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import blaq
+
+COLUMNS = 4096
+MANY = 2**16  # weights of each of many tensors: as large as those that are stepped together can be
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What takes steps; `trial` is ``adamw`` for torch's fused AdamW."""
+
+    trial: str
+    solver: str = "alternating"
+    compiled: bool = False
+    grid: str = "ternary"
+    many: bool = False
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        if self.trial == "adamw":
+            return "adamw"
+        words = [self.trial, self.grid, self.solver, "compiled" if self.compiled else "plain", "many" * self.many]
+        return "-".join(filter(None, words))
+
+
+CASES = [
+    Case("adamw"),
+    *(
+        Case(trial, solver, compiled)
+        for solver in ("alternating", "exact")
+        for compiled in (True, False)
+        for trial in ("none", "delayed", "past", "fresh")
+    ),
+    *(Case("none", "exact", compiled, grid) for grid in ("linear4", "ternary2") for compiled in (True, False)),
+    *(Case(trial, "alternating", compiled, many=True) for compiled in (True, False) for trial in ("none", "fresh")),
+]
+
+
+def resident(line: str) -> int:
+    """Bytes that a line of Linux's account of this process tells: VmRSS now, VmHWM at most since it was set back."""
+    if not CLEAR.exists():
+        raise SystemExit(f"{Path(__file__).name}: needs Linux, whose {CLEAR} sets the peak of the memory back.")
+    fields = dict(entry.split(":", 1) for entry in STATUS.read_text().splitlines())
+    return int(fields[line].split()[0]) * 1024
+
+
+def hand_back() -> None:
+    """Give freed memory back to the system, so that it does not count as held."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """The peak of the resident memory during a call."""
+    hand_back()
+    CLEAR.write_text("5")
+    work()
+    return resident("VmHWM")
+
+
+def parameters(weights: int, many: bool) -> list[torch.nn.Parameter]:
+    """One matrix, or many of equal shape."""
+    count, size = (weights // MANY, MANY) if many else (1, weights)
+    columns = min(COLUMNS, size) if not many else 256
+    return [torch.nn.Parameter(torch.empty(size // columns, columns).normal_(0, 0.05)) for _ in range(count)]
+
+
+def give_gradients(given: Iterable[torch.nn.Parameter]) -> None:
+    """New gradients, as `backward` makes them: the old ones are let go first."""
+    for p in given:
+        p.grad = None
+        p.grad = torch.empty_like(p).normal_(0, 0.01)
+
+
+def optimizer(given: list[torch.nn.Parameter], case: Case) -> Any:
+    """What takes the steps."""
+    if case.trial == "adamw":
+        return torch.optim.AdamW(given, fused=True)
+    group = {"params": given, "grid": case.grid, "solver": case.solver}
+    return blaq.BLAQ([group], trial=case.trial, compile=case.compiled)
+
+
+def step(opt: Any, given: list[torch.nn.Parameter], case: Case) -> None:
+    """One step; the second pass of a trial makes gradients of its own."""
+    give_gradients(given)
+    if case.trial != "fresh":
+        opt.step()
+        return
+    opt.forward_step()
+    give_gradients(given)
+    opt.backtrack_step()
+
+
+def measure(case: Case, weights: int) -> dict[str, Any]:
+    """Bytes beyond parameters and gradients, in every stage, and what `memory_report` told."""
+    torch.manual_seed(0)
+    for few in (2**12, 2**18):
+        small = parameters(few, case.many and few > MANY)
+        opt = optimizer(small, case)
+        for _ in range(2):  # the first is solved exactly, the second follows
+            step(opt, small, case)
+        if case.trial == "past":
+            opt.eval()
+        del small, opt
+    hand_back()
+    before = resident("VmRSS")
+    given = parameters(weights, case.many)
+    give_gradients(given)
+    own = 2 * sum(p.nbytes for p in given)
+    held: list[Any] = []
+    peaks = {"start": peak_of(lambda: held.append(optimizer(given, case)))}
+    peaks["first"] = peak_of(lambda: step(held[0], given, case))
+    peaks["steps"] = peak_of(lambda: [step(held[0], given, case) for _ in range(3)])
+    hand_back()
+    found: dict[str, Any] = {"state": resident("VmRSS") - before - own}
+    if case.trial == "past":
+        peaks["eval"] = peak_of(held[0].eval)
+    found |= {stage: peak - before - own for stage, peak in peaks.items()}
+    if case.trial == "adamw":
+        told = {"state": own, "held": own, "temporaries": 0}  # two moments, as large as parameter and gradient
+    else:
+        report = blaq.memory_report(held[0])
+        told = {"state": report.total.state, "held": report.total.bytes, "temporaries": report.temporaries}
+    return {"case": asdict(case), "weights": sum(p.numel() for p in given), "measured": found, "told": told}
+
+
+def in_a_process(case: Case, weights: int) -> dict[str, Any]:
+    """`measure`, in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps(asdict(case)), "--weights", str(weights)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def limits(row: dict[str, Any]) -> dict[str, float]:
+    """What was told for each stage that was measured, in bytes: held in it, and one temporary of the largest tensor."""
+    told, trial = row["told"], row["case"]["trial"]
+    in_steps = (told["held"] if trial == "fresh" else told["state"]) + told["temporaries"]
+    at = {"state": told["state"], "start": told["state"] + told["temporaries"], "first": in_steps, "steps": in_steps}
+    return at | {"eval": told["held"] + told["temporaries"]}
+
+
+def cell(row: dict[str, Any], stage: str) -> str:
+    """Bytes a weight measured, and the limit; what exceeds it by more than a tenth of a byte is marked."""
+    if stage not in row["measured"]:
+        return ""
+    measured, limit = row["measured"][stage] / row["weights"], limits(row)[stage] / row["weights"]
+    return f"{measured:.1f} / {limit:.1f}{' over' if measured > limit + 0.1 else ''}"
+
+
+STAGES = ("state", "start", "first", "steps", "eval")
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """memory.json, and memory.md to read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        "# The memory of training",
+        "",
+        "Bytes a weight beyond parameters and gradients (4 each), measured / told: the peak of the resident memory of a fresh",
+        "process in each stage, less what was resident before the parameters (code loaded, and compiled); and what",
+        "`blaq.memory_report` tells before training, one temporary of the size of the largest tensor included. `state` is what",
+        "stays after the steps, `start` building the optimizer, `first` the first step, which is solved exactly, `steps` three",
+        'more, `eval` what `trial="past"` does to evaluate. AdamW is told 8. "over" marks what is more than a tenth of a',
+        "byte above. Repeat with `python benchmarks/memory.py --out docs/results`.",
+        "",
+        f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
+    ]
+    for weights in dict.fromkeys((row["weights"] // 10**6, row["case"]["many"]) for row in report["rows"]):
+        rows = [row for row in report["rows"] if (row["weights"] // 10**6, row["case"]["many"]) == weights]
+        tensors = f"tensors of {MANY:,}" if rows[0]["case"]["many"] else "one tensor"
+        lines += [
+            "",
+            f"## {rows[0]['weights']:,} float32 weights, {tensors}",
+            "",
+            f"| trial | grid | solver | compiled | {' | '.join(STAGES)} |",
+            f"|---|---|---|---|{'---:|' * len(STAGES)}",
+        ]
+        for row in rows:
+            case, cells = row["case"], " | ".join(cell(row, stage) for stage in STAGES)
+            what = ("AdamW(fused)", "", "", "")
+            if case["trial"] != "adamw":
+                what = (case["trial"], case["grid"], case["solver"], "yes" if case["compiled"] else "no")
+            lines.append(f"| {' | '.join(what)} | {cells} |")
+    (folder / "memory.md").write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write memory.json and memory.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=int, nargs="*", default=[25_165_824], help="100_663_296 for 100 million")
+    parser.add_argument("--cases", nargs="*", help=f"some of: {', '.join(case.name for case in CASES)}")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        torch.set_num_threads(1)
+        print(json.dumps(measure(Case(**json.loads(options.child)), options.weights[0])))
+        return
+    unknown = set(options.cases or ()) - {case.name for case in CASES}
+    if unknown:
+        parser.error(f"--cases {' '.join(sorted(unknown))}: expected some of {', '.join(case.name for case in CASES)}.")
+    rows = []
+    for weights in options.weights:
+        for case in CASES:
+            if options.cases is None or case.name in options.cases:
+                rows.append(in_a_process(case, weights))
+                cells = "  ".join(f"{stage} {cell(rows[-1], stage)}" for stage in STAGES if cell(rows[-1], stage))
+                print(f"{rows[-1]['weights']:>11,} {case.name:<36} {cells}", flush=True)
+    if options.out:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
+        machine = {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
+        write({"versions": versions, "machine": machine, "rows": rows}, options.out)
+
+
+if __name__ == "__main__":
+    main()
