@@ -23,6 +23,8 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/step_figure.py
 	$(BIN)/python benchmarks/memory.py --out docs/results
 	$(BIN)/python benchmarks/data.py --out docs/results
+	$(BIN)/python benchmarks/epoch.py mnist-lenet5 --out docs/results
+	$(BIN)/python benchmarks/probes.py --out docs/results
 	$(BIN)/python benchmarks/packing.py --out docs/results
 
 .venv/installed: pyproject.toml constraints.txt

@@ -1,19 +1,20 @@
-"""The benchmarks run, on a few weights: for correctness, not for time."""
+"""The benchmarks run, on little: for correctness, not for time."""
 
 import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def loaded(name: str) -> Any:
-    """A benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+def benchmark(name: str) -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look for their annotations
@@ -21,8 +22,12 @@ def loaded(name: str) -> Any:
     return module
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    step = loaded("step")
+    step = benchmark("step")
     step.main(["--weights", "8192", "--threads", "1", "--pairs", "3", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "step.json").read_text())
     assert [table["peer"] for table in report["tables"]] == ["fused", "foreach"]
@@ -34,8 +39,70 @@ def test_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "ResNet-56" in capsys.readouterr().out
 
 
+SMALL = ["--set", "data.batch_size=4", "--blocks", "2", "--steps", "2", "--every", "2", "--solvers", "exact"]
+
+
+def test_the_table_of_whole_steps_keeps_other_recipes(tmp_path: Path) -> None:
+    epoch = benchmark("epoch")
+    epoch.main(
+        ["mnist-lenet5", *SMALL, "--bits", "1", "2", "--methods", "float", "laq", "blaq", "--out", str(tmp_path)]
+    )
+    lstm = ["--set", "data.sequence=5", "--set", "model.options.hidden=8", "--name", "text"]
+    epoch.main(["war-and-peace-lstm-quick", *SMALL, *lstm, "--bits", "1", "--methods", "past", "--out", str(tmp_path)])
+    recipes = json.loads((tmp_path / "epoch.json").read_text())["recipes"]
+    assert list(recipes) == ["mnist-lenet5", "text"]
+    rows = recipes["mnist-lenet5"]["rows"]
+    assert [(row["method"], row["bits"], row["solver"]) for row in rows] == [
+        ("float", "32", "-"), ("laq", "1", "exact"), ("laq", "2", "exact"), ("blaq", "1", "exact"), ("blaq", "2", "exact"),
+    ]  # fmt: skip
+    assert [row["target"] for row in rows] == [None, 1.05, 1.05, 2.05, 2.05]
+    assert all(0 < row["range"][0] <= row["ratio"] <= row["range"][1] for row in rows)
+    text = (tmp_path / "epoch.md").read_text()
+    assert "## text: char_lstm, batch 4" in text
+    table = [cells(line) for line in text.splitlines() if line.startswith("| laq") or line.startswith("| float")]
+    assert [line[-1] for line in table] == ["missed" * epoch.missed(row) for row in rows if row["method"] != "blaq"]
+
+
+def test_blaq_takes_two_gradients_in_every_timed_step_and_its_probe_is_read() -> None:
+    epoch = benchmark("epoch")
+    recipe = epoch.load_recipe("mnist-lenet5", ["data.batch_size=4", "optim.method=blaq"])
+    training = epoch.Probed(recipe, "cpu", 2)
+    training.run(4)
+    assert training.opt.gradient_evaluations == 8
+    assert training.zigzag.read()["total"].flip_rate is None  # the block has read it
+    peer = epoch.AdamW(recipe, "cpu")
+    assert peer.opt.defaults["fused"] and peer.inputs.shape == (4, 1, 28, 28)
+
+
+def test_a_miss_is_what_lies_above_its_target() -> None:
+    epoch, probes = benchmark("epoch"), benchmark("probes")
+    row: dict[str, Any] = {
+        "method": "laq",
+        "bits": "1",
+        "solver": "exact",
+        "milliseconds": 5.0,
+        "adamw_milliseconds": 4.0,
+    }
+    row |= {"range": [1.0, 1.2], "target": 1.05}
+    assert [cells(epoch.line(row | {"ratio": ratio}))[-1] for ratio in (1.05, 1.06)] == ["", "missed"]
+    assert [probes.missed({"percent": percent, "target": 5.0}) for percent in (5.0, 5.1)] == [False, True]
+    assert not probes.missed({"percent": 20.0, "target": None})
+
+
+def test_the_table_of_probes(tmp_path: Path) -> None:
+    probes = benchmark("probes")
+    probes.main([
+        "--blocks", "2", "--steps", "10", "--batch", "4", "--bits", "binary", "--methods", "laq", "--out", str(tmp_path),
+    ])  # fmt: skip
+    report = json.loads((tmp_path / "probes.json").read_text())
+    assert [(row["every"], row["target"]) for row in report["probes"]] == [(1, None), (10, 5.0)]
+    lines = [cells(line) for line in (tmp_path / "probes.md").read_text().splitlines() if line.startswith("| laq")]
+    assert [line[-2:] for line in lines] == [["", ""], ["5", "missed" * probes.missed(report["probes"][1])]]
+    assert "--methods laq" in report["command"]
+
+
 def test_the_memory_of_training(tmp_path: Path) -> None:
-    memory = loaded("memory")
+    memory = benchmark("memory")
     chosen = ["adamw", "fresh-ternary-alternating-plain"]
     memory.main(["--weights", "4194304", "--cases", *chosen, "--out", str(tmp_path)])
     adamw, fresh = json.loads((tmp_path / "memory.json").read_text())["rows"]
@@ -49,7 +116,7 @@ def test_the_memory_of_training(tmp_path: Path) -> None:
 
 
 def test_the_start_of_a_run(tmp_path: Path) -> None:
-    data = loaded("data")
+    data = benchmark("data")
     data.STARTS = 1
     quick = [argument for setting in ("train=600", "batch_size=50") for argument in ("--set", f"data.{setting}")]
     data.main(["--sources", "digits", "--recipe", "demo", *quick, "--out", str(tmp_path)])
@@ -63,8 +130,8 @@ def test_the_start_of_a_run(tmp_path: Path) -> None:
 
 def test_the_picture_of_the_steps() -> None:
     pytest.importorskip("plotly")
-    picture = loaded("step_figure")
-    report = json.loads((BENCHMARKS.parent / "docs" / "results" / "step.json").read_text())
+    picture = benchmark("step_figure")
+    report = json.loads((FOLDER.parent / "docs" / "results" / "step.json").read_text())
     tables = [table for table in report["tables"] if table["peer"] == "fused"]
     targets, *measured = picture.figure(report).data
     for table, trace in zip(tables, measured, strict=True):

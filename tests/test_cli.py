@@ -111,6 +111,15 @@ def test_a_failing_run_leaves_the_others(folder: Path) -> None:
     assert [(row["method"], row["seed"]) for row in rows] == [("laq", 6), ("float", 5), ("float", 6)]
 
 
+def test_a_failure_after_the_last_success_is_written_too(folder: Path) -> None:
+    Path("out/runs/laq-b3-s6").mkdir(parents=True)
+    Path("out/runs/laq-b3-s6/notes.txt").touch()
+    command = ("compare", "tiny.toml", "--methods", "laq", "--seeds", "2", "--out", "out")
+    assert blaq(*command).exit_code == blaq(*command).exit_code == 1  # the second finds the first seed finished
+    assert list(json.loads(Path("out/results.json").read_text())["failures"]) == ["laq-b3-s6"]
+    assert "Failed: laq-b3-s6: train(out='out/runs/laq-b3-s6')" in Path("out/results.md").read_text()
+
+
 def test_ablate_runs_the_grid(folder: Path) -> None:
     train = ("--set", "train.epochs=1", "--seeds", "1")
     ablated = blaq("ablate", "tiny.toml", "--set", "optim.a=0.9:1:0.1", *train)
@@ -134,6 +143,10 @@ def test_list_names_everything(folder: Path) -> None:
         (("train", "tyni.toml"), "tyni.toml"),
         (("eval", "runs/none"), "'runs/none' holds no run"),
         (("inspect", "runs/none"), "'runs/none' holds no run"),
+        (
+            ("inspect", "m.onnx"),
+            "'m.onnx' is a file for ONNX Runtime, expected a run or a packed file; how such a file",
+        ),
         (("compare", "tiny.toml", "--methods", "laq,lqa"), "lqa"),
         (
             ("compare", "tiny.toml", "--methods", "laq,laq"),
@@ -196,17 +209,27 @@ def test_a_bug_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("missing", "importer", "command"),
-    [("typer", "blaq.cli", "list"), ("rich", "blaq.cli", "list"), ("lightning.pytorch", "blaq.train.run", "eval run")],
+    ("missing", "importer", "command", "extra"),
+    [
+        ("typer", "blaq.cli", "list", "train"),
+        ("rich", "blaq.cli", "list", "train"),
+        ("lightning.pytorch", "blaq.train.run", "eval run", "train"),
+        ("openvino", "blaq.export.openvino", "bench there.xml", "openvino"),
+        ("onnx", "blaq.export.onnx", "bench there.onnx", "onnx"),
+        ("jinja2", "blaq.report.page", "report run --out page.html", "report"),
+    ],
 )
 def test_a_missing_extra_says_what_to_install(
     missing: str,
     importer: str,
     command: str,
+    extra: str,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    for suffix in (".xml", ".bin", ".onnx"):
+        Path("there").with_suffix(suffix).touch()
     monkeypatch.setitem(sys.modules, missing, None)  # importing it fails as if it were not there
     for name in [name for name in sys.modules if name.partition(importer)[:2] == ("", importer)]:
         monkeypatch.delitem(sys.modules, name)
@@ -215,7 +238,7 @@ def test_a_missing_extra_says_what_to_install(
         main()
     assert exit_.value.code == 2
     package = missing.partition(".")[0]
-    assert capsys.readouterr().err == f"blaq: {package} is not installed; pip install 'blaq[train]'\n"
+    assert capsys.readouterr().err == f"blaq: {package} is not installed; pip install 'blaq[{extra}]'\n"
 
 
 def test_python_m_blaq_and_what_import_blaq_brings_along() -> None:

@@ -1,5 +1,7 @@
 """The commands export and verify: what they write and print, and with which exit code."""
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,24 @@ def test_export_packed_and_verify(run: Path, tmp_path: Path) -> None:
     verified = blaq("verify", path, "--against", run, "--checkpoint", "last")
     assert verified.exit_code == 0, verified.output
     assert "Outputs (exact): relative difference 0.0e+00 at most" in verified.stdout
+
+
+def test_export_compressed_tensors_and_verify(tmp_path: Path) -> None:
+    options = {"image_size": 8, "input_channels": 1, "channels": [2], "hidden": 9}
+    network = ModelConfig(name="vgg", loss="squared_hinge", options=options)
+    train(replace(RECIPE, model=network, optim=replace(RECIPE.optim, rules={})), tmp_path / "run", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        written = blaq("export", tmp_path / "run", "--format", "compressed-tensors")
+    assert written.exit_code == 0, written.output
+    assert written.stderr == (
+        "warning: export --format compressed-tensors: the format packs weights of Linear and Embedding only; "
+        "written in full: conv1.weight, conv2.weight.\n"
+    )
+    folder = tmp_path / "run" / "model-compressed-tensors"
+    verified = blaq("verify", folder, "--against", tmp_path / "run")
+    assert verified.exit_code == 0, verified.output
+    assert verified.stdout.startswith("Weights: 5 of 5 quantized weights equal bit for bit\nOutputs (exact): relative")
 
 
 def test_a_damaged_file_fails(run: Path, tmp_path: Path) -> None:

@@ -170,19 +170,20 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, monkeypatch:
         "batch 4",
         "4.0 MB",
         "9.0 MB",
-        "x faster",
+        "x as fast",
         "x smaller",
         "preset exact, in OpenVINO",
         "median of 2 pairs",
     ):
         assert words in result.stdout
-    assert f"{numbers['timings'][0]['speedup']:.2f} x faster" in result.stdout
+    assert f"{numbers['timings'][0]['speedup']:.2f} x as fast" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["model.safetensors"], "the file holds weights alone, no runtime computes from it"),
+        (["compressed"], "the file holds weights alone, no runtime computes from it"),
         (["model.onnx"], "there is no such file"),
         (["model.pt"], "expected a file of type .onnx (ONNX Runtime) or .xml (OpenVINO)"),
         (["model.xml", "--batches", "1,x"], "expected numbers separated by commas"),
@@ -195,6 +196,7 @@ def test_errors_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("model.safetensors").touch()
+    Path("compressed").mkdir()
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr

@@ -11,14 +11,15 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import blaq
-from blaq.export import packed
+from blaq.export import compressed, packed
 from blaq.export.layers import QuantizedWeight, quantized_weights, weights_of_run
 from blaq.export.onnx import export_onnx, export_run
 from blaq.export.onnx_session import OnnxSession
-from blaq.export.packed_session import PackedSession
+from blaq.export.packed_session import CompressedSession, PackedSession
 from blaq.export.runtimes import open_session
 from blaq.export.verify import (
     VerificationError,
@@ -324,7 +325,9 @@ def test_a_run_and_its_onnx_file(runs: list[Path], tmp_path: Path) -> None:
     assert open_session(path).description["recipe"]["optim"]["bits"] == 2
     with pytest.raises(VerificationError, match=r"'fc1.weight' is not scale times level"):
         verify_file(path, runs[1], checkpoint="last")
-    with pytest.raises(ValueError, match=r"expected a file of type .onnx"):
+    with pytest.raises(
+        ValueError, match=r"expected what `blaq export` wrote: a file of type .onnx, .xml or .safetensors"
+    ):
         verify_file(tmp_path / "model.pt", runs[0])
 
 
@@ -341,3 +344,46 @@ def test_a_run_and_its_packed_file(runs: list[Path], tmp_path: Path) -> None:
     model.load_state_dict(state)
     with pytest.raises(VerificationError, match=r"the first layer that differs is 'fc2.weight'"):
         verify_outputs(session, model, weights, [(torch.randn(3, 64),)])
+
+
+def test_a_run_and_its_folder_for_compressed_tensors(runs: list[Path], tmp_path: Path) -> None:
+    folder = compressed.export_run(runs[0], tmp_path / "out")
+    found = verify_file(folder, runs[0], split="test")
+    assert (found.difference, found.weights) == (0, len(weights_of_run(runs[0])[1]))
+    assert found.error == evaluate(runs[0]).error
+    with pytest.raises(VerificationError, match=r"'fc1.weight' is not scale times level"):
+        verify_file(folder, runs[1])
+
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "bn1.bias": tensors["bn1.bias"] + 1}, folder / "model.safetensors")
+    with pytest.raises(VerificationError, match=r"the first layer that differs is 'fc2.weight'"):
+        verify_file(folder, runs[0])
+    save_file({**tensors, "bn1.bias": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"out': 'bn1.bias' has shape \(3,\) in the file"):
+        verify_file(folder, runs[0])
+    for damage in (
+        lambda: save_file({k: v for k, v in tensors.items() if k != "fc1.weight_scale"}, folder / "model.safetensors"),
+        lambda: (folder / "model.safetensors").write_bytes(b"cut"),
+        lambda: (folder / "config.json").write_text("{}"),
+        lambda: (folder / "config.json").unlink(),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=r"out': no folder that compressed-tensors reads: "):
+            verify_file(folder, runs[0])
+
+
+def test_of_a_convolution_written_in_full_too_every_bit_counts(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    opt = blaq.LAQ(blaq.param_groups(model, 2))
+    with pytest.warns(UserWarning, match="written in full: 0.weight"):
+        compressed.save_compressed(model, opt, tmp_path / "out")
+    weights, names = quantized_weights(model, opt), ["0.weight", "2.weight"]
+    verify_weights(CompressedSession(tmp_path / "out", model, names), weights)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    tensors["0.weight"][3, 0, 1, 2] *= 1.5
+    tensors["0.weight"][3, 0, 1, 2] += 0.5
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(
+        VerificationError, match=r"'0.weight' is not scale .* 1 of 36 weights differ, the first at \[3, 0, 1, 2\]"
+    ):
+        verify_weights(CompressedSession(tmp_path / "out", model, names), weights)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from blaq.cli import app
 from blaq.report.page import build, code_marked, write_page
-from blaq.report.read import read_runs
+from blaq.report.read import read_runs, read_sweeps
 from blaq.train.config import Recipe
 from blaq.train.run import train
 
@@ -53,7 +53,7 @@ class Tables(HTMLParser):
 
 def page_of(*paths: Path) -> str:
     out = paths[0] / "report.html"
-    write_page(build(read_runs(paths)), out)
+    write_page(build(read_runs(paths), read_sweeps(paths)), out)
     return out.read_text()
 
 
@@ -206,3 +206,45 @@ def test_what_the_command_refuses(
     assert done.exit_code == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
     assert not Path("report.html").exists()
+
+
+def comparison(folder: Path, recipe: Recipe, failures: dict[str, str], target: float | None) -> None:
+    """What `blaq compare` writes beside the runs, as far as the report reads it."""
+    (folder / "recipe.toml").write_text(recipe.to_toml())
+    (folder / "comparison.json").write_text(json.dumps({"kind": "compare", "target": target}))
+    (folder / "results.json").write_text(json.dumps({"runs": [], "failures": failures}))
+
+
+def test_failures_of_a_comparison_are_shown_with_their_messages(compared: Path, recipe: Recipe) -> None:
+    failures = {
+        "past-s0": "optim.lr=9: diverged", "past-s1": "optim.lr=9: diverged", "bwn-s0": "its process was ended by SIGKILL",
+        "laq-s0": "finished by now", "laq-lr0.1-s10000": "a <rate> of the tuning",
+    }  # fmt: skip
+    comparison(compared, recipe, failures, None)
+    page = body(page_of(compared))
+    assert f"4 runs of {compared.name} failed" in page
+    assert "past-s0, past-s1: optim.lr=9: diverged; bwn-s0: its process was ended by SIGKILL; " in page
+    assert "a &lt;rate&gt; of the tuning" in page
+    assert "finished by now" not in page
+    comparison(compared, recipe, {}, None)
+    assert " failed" not in body(page_of(compared))
+
+
+def test_costs_are_those_to_the_target_of_the_comparison(compared: Path, recipe: Recipe) -> None:
+    comparison(compared, recipe, {}, 0.25)
+    (head, *rows), *_ = Tables(body(page_of(compared))).tables
+    spent = {row[0]: dict(zip(head, row, strict=True))["Steps to target"] for row in rows}
+    assert spent == {"LAQ": "32 ± 3", "BLAQ": "24"}  # 6 steps an epoch; 5, 5, 6 epochs and 4, 4, 4
+    comparison(compared, recipe, {}, 0.07)  # laq ends at exp(-2.1) = 0.12 and above
+    (head, *rows), *_ = Tables(body(page_of(compared))).tables
+    spent = {row[0]: dict(zip(head, row, strict=True))["Steps to target"] for row in rows}
+    assert spent["LAQ"] == "-"
+
+
+def test_two_targets_are_told_and_neither_is_taken(compared: Path, recipe: Recipe, write_run: WriteRun) -> None:
+    other = compared / "other"
+    write_run(other / "runs" / "past-s0", method="past", epochs=7)
+    comparison(compared, recipe, {}, 0.25)
+    comparison(other, recipe, {}, 0.5)
+    page = body(page_of(compared, other))
+    assert "the lowest that every run reaches (the comparisons were given 0.25 and 0.5)" in page

@@ -1,5 +1,6 @@
 """The application behind the command ``blaq``: what its commands share."""
 
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,9 @@ class Commands(TyperGroup):
     @override
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show
+                return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, ImportError) and error.name is not None:
                 raise  # by an import, not by us: `blaq.__main__` says what to install
@@ -30,6 +33,11 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as interrupt:
             Console(stderr=True).print("Interrupted.")
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+
+
+def _show(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning without the place in the code that gives it."""
+    say(f"warning: {message}", stderr=True)
 
 
 app = typer.Typer(

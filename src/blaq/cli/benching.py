@@ -52,7 +52,7 @@ def show(found: "Bench") -> None:
     for timing in found.timings:
         low, high = timing.speedup_range
         times = f"{timing.milliseconds:.3f} ms", f"{timing.milliseconds_float32:.3f} ms"
-        table.add_row(f"batch {timing.batch}", *times, f"{timing.speedup:.2f} x faster ({low:.2f} to {high:.2f})")
+        table.add_row(f"batch {timing.batch}", *times, f"{timing.speedup:.2f} x as fast ({low:.2f} to {high:.2f})")
         table.add_row("", f"{timing.examples_per_second:,.0f} /s", "", "")
     ratio = found.bytes_float32 / found.bytes
     table.add_row("file", size(found.bytes), size(found.bytes_float32), f"{ratio:.2f} x smaller")

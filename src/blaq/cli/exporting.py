@@ -79,7 +79,13 @@ def export(
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `blaq export` wrote: .onnx, .xml, .safetensors.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="What `blaq export` wrote: .onnx, .xml, .safetensors, or the folder for compressed-tensors.",
+        ),
+    ],
     against: Annotated[Path, typer.Option(metavar="RUN", help="The run it was made from.")],
     split: Annotated[SplitName, typer.Option(help="The data to compare outputs on.")] = SplitName.validation,
     checkpoint: CheckpointOption = CheckpointName.best,

@@ -23,12 +23,12 @@ def report(
 ) -> None:
     """Make one self-contained HTML page of runs: verdict, curves, zig-zag, settings, layers, cost."""
     from blaq.report.page import build, write_page
-    from blaq.report.read import read_runs
+    from blaq.report.read import read_runs, read_sweeps
     from blaq.report.static import write_figures
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"report(out={str(out)!r}): expected the name of an HTML file, such as report.html.")
-    made = build(read_runs(runs))
+    made = build(read_runs(runs), read_sweeps(runs))
     write_page(made, out)
     for task in made.tasks:
         for panel in task.panels:

@@ -17,8 +17,14 @@ def inspect(
     ] = None,
 ) -> None:
     """Show the layers of a run or of a packed file: scheme, scales, how often each level is taken, size."""
+    from blaq.export.runtimes import SUFFIXES
     from blaq.train.inspect import layers, rich_table, totals
 
+    if path.suffix in SUFFIXES:
+        raise ValueError(
+            f"{str(path)!r} is a file for {SUFFIXES[path.suffix]}, expected a run or a packed file; how such a file holds its "
+            "layers, `blaq verify FILE --against RUN` shows."
+        )
     if not path.exists():
         raise ValueError(f"{str(path)!r} holds no run and is no packed file: there is nothing.")
     if path.is_dir():

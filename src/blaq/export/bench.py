@@ -249,7 +249,7 @@ def _resident() -> int:
 
 def _check(path: Path, threads: int, rounds: int, batches: Sequence[int], sequence: int) -> None:
     owner = f"bench({str(path)!r})"
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or path.is_dir():
         raise ValueError(
             f"{owner}: the file holds weights alone, no runtime computes from it; write one that a runtime does: "
             "`blaq export RUN --format onnx` or `--format openvino`."

@@ -20,6 +20,7 @@ from blaq.grids import MAX_BITS, Grid
 from blaq.optim.base import LatentOptimizer
 
 WORD_BITS = 32
+PARTS = ("weight_packed", "weight_scale", "weight_shape")  # what a packed weight of a module becomes
 OWNER = "export --format compressed-tensors"
 
 
@@ -153,24 +154,41 @@ def _configuration(model: nn.Module, packable: dict[str, QuantizedWeight]) -> di
     }
 
 
-def _verify(folder: Path, packable: dict[str, QuantizedWeight]) -> None:
-    """Decompress the folder with compressed-tensors, and compare bit for bit."""
+def read_compressed(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of such a folder, packed weights decompressed by compressed-tensors.
+
+    Raises:
+        ImportError: compressed-tensors is not installed.
+        ValueError: no such folder, or one that compressed-tensors does not read.
+    """
     try:
         from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
         from compressed_tensors.quantization import QuantizationConfig
     except ImportError as error:
         raise ImportError(f"{OWNER} needs compressed-tensors; pip install 'blaq[export]'.") from error
-    tensors = safetensors_torch().load_file(folder / "model.safetensors")
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    for scheme in QuantizationConfig.model_validate(saved).config_groups.values():
-        for module in scheme.targets:
-            parts = {key: tensors[f"{module}.{key}"] for key in ("weight_packed", "weight_scale", "weight_shape")}
-            found = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
-            if not torch.equal(found, packable[module].values):
-                raise ValueError(
-                    f"{OWNER}: compressed-tensors reads other weights of {module!r} than were trained; "
-                    "use --format packed, and report this."
-                )
+    safetensors = safetensors_torch()
+    try:
+        tensors: dict[str, Tensor] = safetensors.load_file(folder / "model.safetensors")
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        for scheme in QuantizationConfig.model_validate(saved).config_groups.values():
+            for module in scheme.targets:
+                parts = {key: tensors.pop(f"{module}.{key}") for key in PARTS}
+                tensors[f"{module}.weight"] = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    except Exception as error:  # whatever the two libraries raise at what they do not know
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{str(folder)!r}: no folder that compressed-tensors reads: {reason}") from error
+    return tensors
+
+
+def _verify(folder: Path, packable: dict[str, QuantizedWeight]) -> None:
+    """Decompress the folder with compressed-tensors, and compare bit for bit."""
+    tensors = read_compressed(folder)
+    for module, weight in packable.items():
+        if not torch.equal(tensors[f"{module}.weight"], weight.values):
+            raise ValueError(
+                f"{OWNER}: compressed-tensors reads other weights of {module!r} than were trained; "
+                "use --format packed, and report this."
+            )
 
 
 def _bits(weight: QuantizedWeight) -> int:

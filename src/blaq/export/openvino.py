@@ -105,7 +105,8 @@ def to_openvino(
     data: dict[str, Any] | None = None,
 ) -> "ov.Model":
     """The graph of a model in evaluation mode with its quantized weights packed, and a description of them."""
-    from blaq.export.openvino_graph import convert, hold, outputs_of_layers
+    from blaq.export.openvino_convert import convert
+    from blaq.export.openvino_graph import hold, outputs_of_layers
     from blaq.export.openvino_session import FORMAT_VERSION, settings
 
     check_float32("export_openvino", weights)

@@ -1,39 +1,15 @@
-"""A torch module as an OpenVINO graph, and quantized weights put into it in place of the float ones, from their codes."""
+"""Quantized weights put into an OpenVINO graph in place of the float ones, from their codes."""
 
-import logging
-import warnings
 from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino.opset13 as op
-import torch
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-from torch import Tensor, nn
 
 from blaq.export.layers import QuantizedWeight
 from blaq.export.openvino_weights import Container, Preset, choose, dequantized
 
-__all__ = ["convert", "hold", "outputs_of_layers"]
-
-
-def convert(model: nn.Module, inputs: tuple[Tensor, ...]) -> ov.Model:
-    """What OpenVINO's converter makes of a module before any simplification: parameters are constants of their names."""
-    log = logging.getLogger("openvino.frontend.pytorch.ts_decoder")
-    level = log.level
-    try:
-        log.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the tracer, about the model's Python
-            decoder = TorchScriptPythonDecoder(model, example_input=inputs, shared_memory=False)
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            return frontend.convert(frontend.load(decoder))
-    except RuntimeError as error:
-        causes = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Check ")]
-        raise ValueError(f"export_openvino: OpenVINO cannot convert this model: {' '.join(causes[:3])}") from error
-    finally:
-        log.setLevel(level)
+__all__ = ["hold", "outputs_of_layers"]
 
 
 def hold(graph: ov.Model, weight: QuantizedWeight, preset: Preset) -> Container:

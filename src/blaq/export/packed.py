@@ -145,11 +145,11 @@ def _collect(model: nn.Module, weights: list[QuantizedWeight], recipe: dict[str,
 
 def _load(file: PackedFile, model: nn.Module, owner: str) -> None:
     present = model.state_dict()
-    _check_fits(present, file.shapes(), owner)
+    check_fits(present, file.shapes(), owner)
     model.load_state_dict(file.state_dict(like=present))
 
 
-def _check_fits(present: Mapping[str, Any], shapes: Mapping[str, torch.Size], owner: str) -> None:
+def check_fits(present: Mapping[str, Any], shapes: Mapping[str, torch.Size], owner: str) -> None:
     """Refuse other names and shapes before anything of the model is changed."""
     for found, expected, what in ((shapes, present, "lacks"), (present, shapes, "has, but the model does not have,")):
         names = [short(name) for name in expected if name not in found]
@@ -187,6 +187,6 @@ def _rebuilt(file: PackedFile, owner: str) -> nn.Module:
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         reason = str(error).partition("\n")[0][:300]
         raise ValueError(f"{owner}: cannot build {short(name)} with {short(options)}: {reason}") from error
-    _check_fits(skeleton.state_dict(), file.shapes(), owner)
+    check_fits(skeleton.state_dict(), file.shapes(), owner)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights, only to overwrite them
         return build_model(name, **options)

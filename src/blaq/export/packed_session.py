@@ -1,7 +1,7 @@
-"""A packed file in the place of an exported one: torch is its runtime."""
+"""Files of weights alone in the place of exported ones: torch is their runtime."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from blaq.export.packed import load_packed, read_packed
+from blaq.export.compressed import read_compressed
+from blaq.export.packed import check_fits, load_packed, read_packed
 
-__all__ = ["PackedSession", "layer_outputs", "tensors"]
+__all__ = ["CompressedSession", "PackedSession", "layer_outputs", "tensors"]
 
 
-class PackedSession:
-    """A packed file in the place of a runtime: torch computes, from what is read back. See `Session`.
+class TorchSession:
+    """A file of weights in the place of a runtime: torch computes, from what is read back. See `Session`.
 
     Args:
-        path: of the file.
-        model: of the names and shapes in the file; it is not changed.
+        model: with everything that the file holds.
+        weights: the quantized weights in it, as they are in the file.
+        description: of the file.
     """
 
     preset = "exact"
 
-    def __init__(self, path: Path, model: nn.Module) -> None:
-        self._weights = {weight.name: weight for weight in read_packed(path).weights}
-        self._model = load_packed(path, copy.deepcopy(model)).eval()
-        self.description = {
-            "format": "packed",
-            "preset": self.preset,
-            "weights": {
-                name: {"grid": weight.grid.name, "granularity": weight.granularity, "shape": list(weight.shape)}
-                for name, weight in self._weights.items()
-            },
-        }
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], description: dict[str, Any]) -> None:
+        self._model, self._weights = model.eval(), weights
+        self.description = {"preset": self.preset, **description}
 
     def run(self, *inputs: NDArray[Any]) -> NDArray[Any]:
         """The first output."""
@@ -48,13 +42,53 @@ class PackedSession:
             return [y.numpy() for y in tensors(self._model(*map(torch.from_numpy, inputs)))]
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
-        """The quantized weights, from the codes and scales in the file."""
-        return {name: weight.values.numpy() for name, weight in self._weights.items()}
+        """The quantized weights, from what is in the file."""
+        return {name: values.numpy() for name, values in self._weights.items()}
 
     def layers(self, *inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """What the quantized layers compute, in the order of the model."""
         found = layer_outputs(self._model, list(self._weights), tuple(map(torch.from_numpy, inputs)))
         return {name: value.numpy() for name, value in found.items()}
+
+
+class PackedSession(TorchSession):
+    """A packed file.
+
+    Args:
+        path: of the file.
+        model: of the names and shapes in the file; it is not changed.
+    """
+
+    def __init__(self, path: Path, model: nn.Module) -> None:
+        weights = read_packed(path).weights
+        entries = {
+            weight.name: {"grid": weight.grid.name, "granularity": weight.granularity, "shape": list(weight.shape)}
+            for weight in weights
+        }
+        super().__init__(
+            load_packed(path, copy.deepcopy(model)),
+            {weight.name: weight.values for weight in weights},
+            {"format": "packed", "weights": entries},
+        )
+
+
+class CompressedSession(TorchSession):
+    """A folder for compressed-tensors, which decompresses it.
+
+    Args:
+        folder: that `blaq export` wrote.
+        model: of the names and shapes in the folder; it is not changed.
+        names: of the quantized weights; the folder holds some of them in full.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, names: Sequence[str]) -> None:
+        tensors = read_compressed(folder)
+        model = copy.deepcopy(model)
+        check_fits(model.state_dict(), {name: tensor.shape for name, tensor in tensors.items()}, repr(str(folder)))
+        model.load_state_dict(tensors)
+        weights = {name: tensors[name] for name in names}
+        entries = {name: {"shape": list(values.shape)} for name, values in weights.items()}
+        super().__init__(model, weights, {"format": "compressed-tensors", "weights": entries})
 
 
 def layer_outputs(model: nn.Module, names: Sequence[str], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blaq.export.layers import QuantizedWeight, weights_of_run
-from blaq.export.packed_session import PackedSession, layer_outputs, tensors
-from blaq.export.runtimes import Session, open_session
+from blaq.export.packed_session import CompressedSession, PackedSession, layer_outputs, tensors
+from blaq.export.runtimes import SUFFIXES, Session, open_session
 
 if TYPE_CHECKING:
     from blaq.tasks.batches import Batches
@@ -75,7 +75,7 @@ def verify_file(
     """Compare an exported file with the run it was made from, on the run's data.
 
     Args:
-        path: ``.onnx``, ``.xml`` (OpenVINO) or ``.safetensors``.
+        path: ``.onnx``, ``.xml`` (OpenVINO), ``.safetensors``, or a folder for compressed-tensors.
         run: the run directory.
         split: the data to compare outputs on.
         checkpoint: the one that was exported.
@@ -85,8 +85,19 @@ def verify_file(
         ValueError: no such file or run.
     """
     path = Path(path)
+    if not path.is_dir() and path.suffix not in (*SUFFIXES, ".safetensors"):
+        raise ValueError(
+            f"verify({str(path)!r}): expected what `blaq export` wrote: a file of type {', '.join(SUFFIXES)} or .safetensors, "
+            "or the folder of --format compressed-tensors."
+        )
     model, weights, recipe = weights_of_run(run, checkpoint)
-    session = PackedSession(path, model) if path.suffix == ".safetensors" else open_session(path)
+    session: Session
+    if path.is_dir():
+        session = CompressedSession(path, model, [weight.name for weight in weights])
+    elif path.suffix == ".safetensors":
+        session = PackedSession(path, model)
+    else:
+        session = open_session(path)
     return verify_session(session, model, weights, evaluation_batches(recipe, split))
 
 

@@ -39,9 +39,7 @@ def one_gradient(batch: Batch, trial: str) -> None:
         _hold_next_trial(batch)
 
 
-def two_gradients(
-    batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor], *, write: bool = True
-) -> None:
+def two_gradients(batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor], *, write: bool = True) -> None:
     """Back from the trial point and on with the blend of both gradients."""
     w, m, v, g = _taken(batch, first)
     g_trial = batch.take(second).to(m.dtype)

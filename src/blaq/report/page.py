@@ -1,7 +1,7 @@
 """The page: one HTML file with everything in it, which opens without a network."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from blaq import __version__
 from blaq.report.ablation import ablations
 from blaq.report.contrast import challengers, featured
 from blaq.report.figures import Figure, View, convergence, zigzag
-from blaq.report.panels import Panel, Task, arrange
-from blaq.report.read import Run
+from blaq.report.panels import Panel, Task, arrange, task_key
+from blaq.report.read import Run, Sweep
 from blaq.report.settings import method_name, setting_name
-from blaq.report.signs import PROBE, broken_off
+from blaq.report.signs import PROBE, broken_off, failed
 from blaq.report.tables import Table, costs, layer_table, run_table, version_table
 from blaq.report.verdict import headline, verdict
 from blaq.report.weights import layer_zigzag, trajectories
@@ -92,8 +92,8 @@ class Report:
         ]
 
 
-def build(runs: Sequence[Run]) -> Report:
-    """The report of the runs.
+def build(runs: Sequence[Run], sweeps: Sequence[Sweep] = ()) -> Report:
+    """The report of the runs, and of what the folders that they lie in say of them.
 
     Raises:
         ValueError: not one finished run; the same settings and seed twice.
@@ -104,7 +104,7 @@ def build(runs: Sequence[Run]) -> Report:
             "report: no run is finished yet; finish one, as with `blaq train RUN/recipe.toml --out RUN --resume`."
         )
     several = len(tasks) > 1
-    return Report([_task(task, f"task-{n}-" if several else "") for n, task in enumerate(tasks, start=1)])
+    return Report([_task(task, f"task-{n}-" if several else "", sweeps) for n, task in enumerate(tasks, start=1)])
 
 
 def write_page(report: Report, out: Path) -> None:
@@ -157,16 +157,18 @@ def _script_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _task(task: Task, prefix: str) -> TaskPart:
+def _task(task: Task, prefix: str, sweeps: Sequence[Sweep]) -> TaskPart:
     text = task.text
-    panels = [_panel(panel, f"{prefix}{slug(panel.label) or 'all'}", text=text) for panel in task.panels]
+    own = [sweep for sweep in sweeps if task_key(sweep.recipe) == task_key(task.runs[0].recipe)]
+    targets = {sweep.target for sweep in own if sweep.target is not None}
+    panels = [_panel(panel, f"{prefix}{slug(panel.label) or 'all'}", targets, text=text) for panel in task.panels]
     first = next((run for run in task.runs if run.result is not None), task.runs[0])
     return TaskPart(
         key=prefix.removesuffix("-") or "task",
         title=task.title,
         summary=_summary(task),
         headline=headline(task),
-        statements=[*(panels[0].statements if len(panels) == 1 else []), *broken_off(task)],
+        statements=[*(panels[0].statements if len(panels) == 1 else []), *failed(own), *broken_off(task)],
         panels=panels,
         recipe=first.recipe.to_toml(),
         differences=_differences(task),
@@ -175,7 +177,7 @@ def _task(task: Task, prefix: str) -> TaskPart:
     )
 
 
-def _panel(panel: Panel, key: str, *, text: bool) -> PanelPart:
+def _panel(panel: Panel, key: str, targets: Set[float], *, text: bool) -> PanelPart:
     shown = featured(panel, text=text)
     rivals = challengers(panel, text=text)
     quantized = [*(variant for variant in shown if variant.control), *rivals]
@@ -191,7 +193,7 @@ def _panel(panel: Panel, key: str, *, text: bool) -> PanelPart:
             "weights", "Paths of a few weights", paths, None, "" if paths else HOW_TO_PROBE, PATH_TERMS if paths else ""
         ),
         Section("ablation", "Settings", maps, None, "" if maps else HOW_TO_ABLATE),
-        Section("cost", "Cost", [], costs(panel, text=text)),
+        Section("cost", "Cost", [], costs(panel, targets, text=text)),
     ]
     if inspected is not None:
         sections.append(Section("layers", "Layers", [], layer_table(inspected, probed)))

@@ -15,6 +15,7 @@ import numpy as np
 from blaq.grids import Grid
 from blaq.report.read import TOTAL, Column, Run
 from blaq.report.settings import METHOD_NAMES, OF_THE_LENGTH, OF_THE_METHOD, method_name, read_settings, setting_text
+from blaq.train.config import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +140,13 @@ def arrange(runs: Sequence[Run]) -> list[Task]:
     """
     by_task: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        recipe = run.recipe
-        by_task.setdefault((recipe.data.source, recipe.model.name, recipe.model.loss), []).append(run)
+        by_task.setdefault(task_key(run.recipe), []).append(run)
     return [_task(members) for members in by_task.values()]
+
+
+def task_key(recipe: Recipe) -> tuple[str, ...]:
+    """What runs of one task share: data set, network and loss."""
+    return recipe.data.source, recipe.model.name, recipe.model.loss
 
 
 def _task(runs: Sequence[Run]) -> Task:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blaq.train.config import Recipe
+from blaq.train.config import Recipe, load_recipe
 from blaq.train.directory import open_run
 
 Column = NDArray[np.float64]
@@ -48,6 +48,23 @@ class Run:
     def epochs(self) -> int:
         """How many epochs have ended."""
         return len(self.metrics.get("epoch", ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A folder that `blaq compare` or `blaq ablate` wrote.
+
+    Attributes:
+        path: the folder.
+        recipe: what its runs share.
+        target: the training loss whose cost was asked for; None if none was named.
+        failures: run name to message; without those that have a result by now.
+    """
+
+    path: Path
+    recipe: Recipe
+    target: float | None
+    failures: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +112,30 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     """
     directories = find_runs(paths)
     return [read_run(path, name) for path, name in zip(directories, _names(directories), strict=True)]
+
+
+def read_sweeps(paths: Iterable[Path]) -> list[Sweep]:
+    """The folders among `paths` that `blaq compare` or `blaq ablate` wrote, each once.
+
+    Raises:
+        ValueError: a file that is not what they write.
+    """
+    folders = {path.resolve(): path for path in paths if (path / "comparison.json").exists()}
+    return [_read_sweep(path) for path in folders.values()]
+
+
+def _read_sweep(path: Path) -> Sweep:
+    failures = (_json(path / "results.json") or {}).get("failures", {})
+    return Sweep(
+        path=path,
+        recipe=load_recipe(path / "recipe.toml"),
+        target=_json(path / "comparison.json").get("target"),
+        failures={
+            name: why
+            for name, why in failures.items()
+            if not any((path / part / name / "result.json").exists() for part in ("runs", "tuning"))
+        },
+    )
 
 
 def read_run(path: Path, name: str = "") -> Run:

@@ -1,14 +1,16 @@
 """The known failure signs: what shows them, and what to try."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from blaq.report import rules
 from blaq.report.contrast import Comparison, late_zigzag
 from blaq.report.panels import Task, Variant
+from blaq.report.read import Sweep
 from blaq.report.words import MINUS, Statement
 
 PROBE = "--set probes.every=10"
+MOST_MESSAGES = 6
 
 
 _DIVERGENCE_ADVICE = (
@@ -30,6 +32,25 @@ def signs(variant: Variant, at_steps: Comparison | None) -> list[Statement]:
     if rules.standing(at_steps.main) in ("level", "behind"):
         found += _no_gain(variant, control)
     return found
+
+
+def failed(sweeps: Sequence[Sweep]) -> Iterator[Statement]:
+    """Which runs failed, and the message of each; runs with the same message together."""
+    for sweep in sweeps:
+        if not sweep.failures:
+            continue
+        together: dict[str, list[str]] = {}
+        for name, why in sweep.failures.items():
+            together.setdefault(why, []).append(name)
+        messages = [f"{', '.join(names)}: {why}" for why, names in together.items()]
+        rest = f"; and {len(messages) - MOST_MESSAGES} more messages" if len(messages) > MOST_MESSAGES else ""
+        count = len(sweep.failures)
+        yield Statement(
+            "sign",
+            f"{count} {'run' if count == 1 else 'runs'} of {sweep.path.resolve().name} failed",
+            f"{'; '.join(messages[:MOST_MESSAGES])}{rest}.".replace("..", "."),
+            "All messages are in its results.json, what a run's process wrote in the run's output.txt.",
+        )
 
 
 def broken_off(task: Task) -> Iterator[Statement]:

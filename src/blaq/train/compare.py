@@ -150,7 +150,8 @@ def compare(recipe: Recipe, design: Design, out: Path, sweeper: Sweeper) -> Comp
 
     def write(outcome: Outcome) -> None:
         comparison = Comparison(recipe, design, outcome, tuning)
-        write_tables(out, recipe, outcome, comparison.groups, comparison.conclusion(), notes)
+        whole = replace(outcome, failures=comparison.failures)
+        write_tables(out, recipe, whole, comparison.groups, comparison.conclusion(), notes)
 
     return Comparison(recipe, design, sweeper.run(jobs, out / "runs", finished=write), tuning)
 

@@ -78,7 +78,7 @@ class Sweeper:
         Args:
             jobs: the runs, each with a name of its own.
             folder: where their directories are.
-            finished: called with what there is whenever a run has ended well.
+            finished: called with what there is whenever a run has ended, once one of them has ended well.
 
         Raises:
             KeyboardInterrupt: on Ctrl-C; SystemExit on SIGTERM. No process is left, and a repeated call continues.
@@ -101,10 +101,11 @@ class Sweeper:
                     name=job.name, settings=job.settings, result=result, metrics=tuple(directory.metrics())
                 )
                 board.ended(job.name, f"test error {result.test_error:.2f} %, {result.seconds:.1f} s")
-                finished(outcome())
             else:
                 failures[job.name] = failure
                 board.ended(job.name, f"failed: {failure}")
+            if runs:
+                finished(outcome())
 
         for job in jobs:
             try:

@@ -1,0 +1,1 @@
+"""Pages of evidence from finished comparisons: `python -m benchmarks.evidence --help`, from the repository's root."""

@@ -1,0 +1,241 @@
+"""A folder of `blaq compare` or `blaq ablate`: its runs, what was asked for, and what a reader has to be told of it."""
+
+import csv
+import json
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blaq.train.compare import REFERENCE
+from blaq.train.config import Recipe, load_recipe
+from blaq.train.directory import RunDirectory, read_rows
+from blaq.train.run import read_result
+from blaq.train.summary import Group, Measure, Setting, settings_of
+from blaq.train.sweep import Run
+from blaq.train.toml import to_tree
+
+RAW = ("results.csv", "recipe.toml", "comparison.json", "tuning.csv")
+CHOSEN = ("name", "title", "optim.method", "optim.bits", "train.seed", "train.threads")  # not what shortens a run
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a folder holds.
+
+    Attributes:
+        name: of the folder.
+        recipe: what all runs share.
+        design: comparison.json.
+        runs: the finished ones; settings are method and bits, in an ablation what it varies.
+        recipes: run name to its recipe.
+        zigzag: run name to the lines of its zigzag.jsonl.
+        tuning: the rows of tuning.csv; none where no learning rate was chosen.
+        failures: run name to message.
+        versions: what the first run was computed with.
+        missing: names of the runs that are not finished.
+    """
+
+    name: str
+    path: Path
+    recipe: Recipe
+    design: Mapping[str, Any]
+    runs: tuple[Run, ...]
+    recipes: Mapping[str, Recipe]
+    zigzag: Mapping[str, Sequence[Mapping[str, Any]]]
+    tuning: Sequence[Mapping[str, str]]
+    failures: Mapping[str, str]
+    versions: Mapping[str, Any]
+    missing: Sequence[str]
+
+    @property
+    def measure(self) -> Measure:
+        """By what the task judges: test error, for text test loss."""
+        return Measure.of(self.recipe)
+
+    @property
+    def equal(self) -> str:
+        """What the methods had in equal amounts."""
+        return "equal steps" if self.design["budget"] == "steps" else "equal gradient evaluations"
+
+    @property
+    def title(self) -> str:
+        """The task and the budget."""
+        return f"{self.recipe.title}, {self.equal}"
+
+    @property
+    def grids(self) -> list[str]:
+        """The bits of a comparison, in its order."""
+        return [bits for bits in dict.fromkeys(run.settings["bits"] for run in self.runs) if bits != "float"]
+
+    def group(self, bits: str) -> Group:
+        """The methods of a comparison at these bits, float among them, against LAQ."""
+        settings = settings_of([run for run in self.runs if run.settings["bits"] in (bits, "float")])
+        reference = next((one for one in settings if one.values["method"] == REFERENCE), None)
+        if reference is None:
+            raise ValueError(f"evidence: {self.path} has no finished run of laq at bits {bits}, the reference; run it.")
+        return Group(title=bits, settings=tuple(settings), reference=reference, target=self.design.get("target"))
+
+    def lr(self, setting: Setting) -> float:
+        """The learning rate that a setting was run with."""
+        return self.recipe_of(setting.runs[0]).optim.lr
+
+    def recipe_of(self, run: Run) -> Recipe:
+        """The recipe of a run."""
+        return self.recipes[run.name]
+
+    def edges(self) -> list[str]:
+        """Variants whose chosen learning rate is the lowest or highest of the grid."""
+        rates = [float(row["lr"]) for row in self.tuning]
+        edge = {min(rates), max(rates)} if len(set(rates)) > 1 else set()
+        return [row["setting"] for row in self.tuning if row["chosen"] == "True" and float(row["lr"]) in edge]
+
+    def command(self) -> str:
+        """The command that makes these runs."""
+        recipe, overrides = self._call()
+        words = ["blaq", str(self.design["kind"]), recipe]
+        if self.design["kind"] == "compare":
+            words += ["--methods", _list(self.design["methods"]), "--bits", _list(self.design["bits"])]
+            words += ["--lr", _list(self.design["rates"])] if self.design["rates"] else []
+            words += ["--tune-seeds", str(self.design["tune_seeds"])] if self.design.get("tune_seeds", 1) > 1 else []
+            words += ["--budget", self.design["budget"]]
+        else:
+            overrides = [*overrides, *(f"{key}={_list(values)}" for key, values in self.design["sets"].items())]
+        words += ["--seeds", str(len(self.design["seeds"]))]
+        words += [] if self.design.get("target") is None else ["--target", str(self.design["target"])]
+        words += [word for override in overrides for word in ("--set", override)]
+        return shlex.join([*words, "--out", f"runs/{self.name}"])
+
+    def _call(self) -> tuple[str, list[str]]:
+        """A shipped recipe and what is set on it; or the recipe that is copied beside the results."""
+        overrides = [f"{key}={_toml(value)}" for key, (_, value) in _changed(self.recipe.name, self.recipe).items()]
+        try:
+            if load_recipe(self.recipe.name, overrides) == self.recipe:
+                return self.recipe.name, overrides
+        except ValueError:
+            pass
+        return f"docs/results/evidence/{self.name}/recipe.toml", []
+
+    def shortened(self) -> str:
+        """Where the runs differ from the recipe in full, in words; empty where they do not."""
+        full = self.recipe.name.removesuffix("-quick")
+        asked = {*CHOSEN, *(["optim.lr"] if self.tuning else []), *self.design.get("sets", {})}
+        changed = {key: of for key, of in _changed(full, self.recipe).items() if key not in asked}
+        changed = {key: of for key, of in changed.items() if not key.startswith("probes.")}
+        return "; ".join(f"{key} {_toml(now)} (not {_toml(before)})" for key, (before, now) in changed.items())
+
+    def caveats(self) -> Iterator[str]:
+        """What weakens the numbers of this folder, a sentence each."""
+        seeds = len(self.design["seeds"])
+        if seeds < 5:
+            yield f"{seeds} {'seed' if seeds == 1 else 'seeds'}: only large differences can be told from noise."
+        if shortened := self.shortened():
+            yield f"Against the recipe `{self.recipe.name.removesuffix('-quick')}`: {shortened}."
+        if self.design["kind"] == "compare" and not self.design["rates"]:
+            yield "One learning rate for all methods, not each its own: a method that prefers another one is wronged."
+        if self.tuning:
+            grid = ", ".join(dict.fromkeys(f"{float(row['lr']):g}" for row in self.tuning))
+            edges = self.edges()
+            chosen = "none of the choices lies at an edge of the grid"
+            if edges:
+                chosen = f"at the edge of the grid, so that a better one may lie outside: {', '.join(edges)}"
+            each = int(self.tuning[0]["seeds"])
+            yield f"Learning rates {grid}, chosen with {each} seed{'s' * (each > 1)} on validation data; {chosen}."
+        if self.failures:
+            messages = "; ".join(f"{name} ({why})" for name, why in self.failures.items())
+            yield f"Failed: {messages}."
+        if unfinished := [name for name in self.missing if name not in self.failures]:
+            yield f"Not finished: {', '.join(unfinished)}."
+
+    def copy_raw(self, out: Path) -> None:
+        """Copy the small files of a comparison, and of one run what all share; write the command beside them."""
+        target = out / self.name
+        target.mkdir(parents=True, exist_ok=True)
+        for name in RAW:
+            if (self.path / name).exists():
+                shutil.copyfile(self.path / name, target / name)
+        (target / "versions.json").write_text(json.dumps(self.versions, indent=2) + "\n", encoding="utf-8")
+        (target / "command.txt").write_text(self.command() + "\n", encoding="utf-8")
+
+
+def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
+    """Read a folder of `blaq compare` or `blaq ablate`.
+
+    Raises:
+        ValueError: it is not of that kind, or has no finished run.
+    """
+    if not (path / "comparison.json").exists():
+        raise ValueError(f"evidence: {path} has no comparison.json; name a folder that blaq compare or ablate wrote.")
+    design = json.loads((path / "comparison.json").read_text(encoding="utf-8"))
+    if design["kind"] != kind:
+        raise ValueError(f"evidence: {path} is a folder of blaq {design['kind']}, expected one of blaq {kind}.")
+    runs, recipes, zigzag, missing, versions = [], {}, {}, [], None
+    for recipe_file in sorted((path / "runs").glob("*/recipe.toml")):
+        directory = RunDirectory(recipe_file.parent)
+        name = directory.path.name
+        if not directory.finished:
+            missing.append(name)
+            continue
+        result, recipe = read_result(directory), load_recipe(recipe_file)
+        settings = {"method": result.method, "bits": str(result.bits)}
+        if design["kind"] == "ablate":
+            settings = {key: str(_flat(recipe)[key]) for key in design["sets"]}
+        runs.append(Run(name=name, settings=settings, result=result, metrics=directory.metrics()))
+        recipes[name] = recipe
+        zigzag[name] = read_rows(directory.zigzag_file)
+        versions = versions or json.loads((directory.path / "versions.json").read_text(encoding="utf-8"))
+    if not runs:
+        raise ValueError(f"evidence: {path} has no finished run yet.")
+    order = {name: number for number, name in enumerate(design.get("methods", []))}
+    grids = [str(bits) for bits in design.get("bits", [])]
+    if design["kind"] == "compare":
+        runs.sort(key=lambda run: (
+            run.settings["bits"] != "float", grids.index(run.settings["bits"]) if run.settings["bits"] in grids else 0,
+            order[run.settings["method"]], run.result.seed,
+        ))  # fmt: skip
+    results, tuning = path / "results.json", path / "tuning.csv"
+    return Folder(
+        name=path.resolve().name,
+        path=path,
+        recipe=load_recipe(path / "recipe.toml"),
+        design=design,
+        runs=tuple(runs),
+        recipes=recipes,
+        zigzag=zigzag,
+        tuning=list(csv.DictReader(tuning.read_text(encoding="utf-8").splitlines())) if tuning.exists() else [],
+        failures=json.loads(results.read_text(encoding="utf-8"))["failures"] if results.exists() else {},
+        versions=versions or {},
+        missing=missing,
+    )
+
+
+def _changed(name: str, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which a recipe differs from the shipped one of a name, with both values; nothing is shipped: none."""
+    try:
+        shipped = _flat(load_recipe(name))
+    except ValueError:
+        return {}
+    return {key: (shipped.get(key), value) for key, value in _flat(recipe).items() if shipped.get(key) != value}
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping) and value:
+            for name, member in value.items():
+                yield from walk(member, f"{key}.{name}" if key else name)
+        else:
+            yield key, value
+
+    return dict(walk(to_tree(asdict(recipe)), ""))
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "none"
+    return json.dumps(value) if isinstance(value, bool | list | tuple | dict) else str(value)
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
