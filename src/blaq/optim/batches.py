@@ -17,6 +17,7 @@ from blaq.optim.passes import How
 from blaq.optim.update import Group
 
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
+BATCH_UP_TO = 2**20  # weights of parameters together: what is copied stays in cache, and takes little memory
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,12 @@ def batches(entries: Iterable[tuple[Group, Tensor, Tensor, State]], fast: bool) 
         kind = (tuple(p.shape), like.stride(), p.dtype, grad.dtype, p.device)
         past = (int(state["step"]), int(state.get("trial_step", 0)))
         found.setdefault((id(group), *kind, *past, alone), []).append(entry)
-    return [_batch(entries, fast) for entries in found.values()]
+    return [
+        _batch(entries[start : start + most], fast)
+        for entries in found.values()
+        for most in [max(1, BATCH_UP_TO // max(1, entries[0][1].numel()))]
+        for start in range(0, len(entries), most)
+    ]
 
 
 def _batch(entries: list[tuple[Group, Tensor, Tensor, State]], fast: bool) -> Batch:
