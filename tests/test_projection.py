@@ -24,7 +24,7 @@ ENUMERABLE = {  # grid: longest row whose assignments are all tried
     **dict.fromkeys(["binary", "ternary", "ternary2", "linear3", "log3", "midrise2"], 5),
     **{"midrise3": 4, "linear4": 3, "log4": 3},
 }
-by_example = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+by_example = settings(max_examples=40, derandomize=True, database=None)
 
 
 def levels_by_the_book(name: str) -> list[int]:

@@ -381,7 +381,7 @@ def test_a_real_training_agrees_with_a_plain_computation(trial: str, every: int)
     assert 0 < turned < len(measured)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     grid=st.sampled_from(GRIDS),
     granularity=st.sampled_from(["tensor", "channel", 4]),

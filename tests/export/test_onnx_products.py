@@ -292,7 +292,7 @@ def test_bits_on_disk_unpacked() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_table_undoes_the_packing(data: st.DataObject) -> None:
     levels = data.draw(st.integers(2, 256))
     container = storage(levels, whole_bits=data.draw(st.booleans()))

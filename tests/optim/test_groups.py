@@ -524,7 +524,7 @@ def build(tree: Any, prefix: str, default: set[str], by_module: set[str]) -> nn.
 
 
 @given(st.dictionaries(st.sampled_from("abc"), Tree, min_size=1, max_size=3), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_groups_partition_the_trainable_parameters(tree: Any, data: st.DataObject) -> None:
     """Any tree, any frozen parameters, any rules for modules: the groups are what a plain loop over the names says."""
     default: set[str] = set()
