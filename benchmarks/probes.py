@@ -6,8 +6,6 @@ Times are CPU time of the process where it has one thread, else wall time. Nothi
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import processor, versions, write
 from torch import Tensor, nn
 
 import blaq
@@ -132,11 +131,9 @@ def main() -> None:
                     flush=True,
                 )
     if options.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
-        machine = {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
         setting = {key: getattr(options, key) for key in ("blocks", "steps", "batch", "threads")}
-        report = {"versions": versions, "machine": machine, **setting, "probes": rows}
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        where = {"versions": versions("python", "torch", "blaq"), "machine": processor()}
+        write(options.out.parent, options.out.stem, {**where, **setting, "probes": rows})
 
 
 if __name__ == "__main__":
