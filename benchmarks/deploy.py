@@ -5,17 +5,17 @@ on one thread, in turn, CPU time, median of the pairs. No data and no training; 
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from recording import listed, spread, table, versions
+from recording import write as record
 from torch import Tensor, nn
 
 from blaq.export import onnx as to_ort
@@ -56,6 +56,8 @@ NETWORKS = {
     "resnet18": Network("ResNet-18, 64 x 64", (1, 8), {"binary": EXACT, "ternary": EXACT}),
 }
 SPEEDUPS = {("fast", 0): 10.0, ("fast", 1): 1.5, ("exact", 0): 3.0}  # aimed at for the MLP, by preset and batch size
+# Aimed at for convolutions, which are unpacked at load. LeNet-5 with its linear layers packed tells something else.
+CONVOLUTIONS, CONVOLUTION = ("lenet5-conv", "resnet18"), 0.95
 
 
 def build(name: str) -> tuple[nn.Module, Tensor]:
@@ -172,16 +174,18 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
                 for row in rows
                 if (row["network"], row["grid"], row["preset"]) == ("mlp", grid, preset)
             }
+            if not speeds:  # the MLP was not measured
+                continue
             batch = NETWORKS["mlp"].batches[position]
             each = ", ".join(f"{speed:.1f} in {runtime}" for runtime, speed in speeds.items())
             found.append(
                 (f"MLP, {grid}, {preset}, batch {batch}: at least {aim} x: {each}", max(speeds.values()) >= aim)
             )
     for row in rows:
-        if row["network"] != "mlp":
+        if row["network"] in CONVOLUTIONS:
             slowest = min(timing["speedup"] for timing in row["timings"])
-            title = f"{NETWORKS[row['network']].title}, {row['grid']}, {row['runtime']}: at least 0.95 x: {slowest:.2f}"
-            found.append((title, slowest >= 0.95))
+            title = f"{NETWORKS[row['network']].title}, {row['grid']}, {row['runtime']}"
+            found.append((f"{title}: at least {CONVOLUTION} x: {slowest:.2f}", slowest >= CONVOLUTION))
     return found
 
 
@@ -197,19 +201,17 @@ def main() -> None:
         rows = [row for name in options.networks for row in measure(name, options.rounds, Path(folder))]
         convolutional = [name for name in options.networks if name in ("lenet5", "resnet18")]
         int8 = [eight_bit_activations(name, options.rounds, Path(folder)) for name in convolutional]
-    versions = {package: version(package) for package in ("torch", "onnx", "onnxruntime", "openvino")}
-    reached = targets(rows) if "mlp" in options.networks else []
+    reached = targets(rows)
     for text, ok in reached:
         print("reached " if ok else "MISSED  ", text)
     if options.out:
-        report = {"versions": versions, "machine": [before, machine()], "threads": THREADS, "rounds": options.rounds}
-        write({**report, "rows": rows, "int8": int8, "targets": reached}, options.out)
+        where = {"versions": versions("torch", "onnx", "onnxruntime", "openvino"), "machine": [before, machine()]}
+        report = {**where, "threads": THREADS, "rounds": options.rounds, "rows": rows, "int8": int8, "targets": reached}
+        write(report, options.out)
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """deploy.json, and deploy.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "deploy.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     lines = [
         "# Packed weights in their runtimes",
         "",
@@ -219,8 +221,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "takes more after it has loaded the file and run one example, beside the same for float32. Repeat with",
         "`python benchmarks/deploy.py --out docs/results`.",
         "",
-        ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        + f"; {report['machine'][0]} at the start, {report['machine'][1].rpartition(', ')[2]} at the end.",
+        f"{listed(report['versions'])}; {report['machine'][0]} at the start, "
+        f"{report['machine'][1].rpartition(', ')[2]} at the end.",
     ]
     for name, network in NETWORKS.items():
         rows = [row for row in report["rows"] if row["network"] == name]
@@ -231,47 +233,38 @@ def write(report: dict[str, Any], folder: Path) -> None:
     if report["targets"]:
         lines += ["", "## What was aimed at", ""]
         lines += [f"- {'reached' if ok else '**missed**'}: {text}" for text, ok in report["targets"]]
-    (folder / "deploy.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record(folder, "deploy", report, lines)
 
 
 def _table(rows: list[dict[str, Any]], network: Network) -> list[str]:
-    one, many = network.batches
-    lines = [
-        "| runtime | grid | preset | held as | file, MB | float32 | memory, MB | float32 | difference "
-        f"| batch {one} | batch {many} |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    sizes = (">file, MB", ">float32", ">memory, MB", ">float32", ">difference")
+    columns = ("runtime", "grid", "preset", "held as", *sizes, *(f">batch {batch}" for batch in network.batches))
+    found = []
     for row in rows:
         memory = [
             f"{value / 1e6:.0f}" if value is not None else "" for value in (row["resident"], row["resident_float32"])
         ]
-        speeds = [
-            f"{t['speedup']:.2f} ({t['speedup_range'][0]:.2f} to {t['speedup_range'][1]:.2f})" for t in row["timings"]
-        ]
-        cells = [
+        speeds = [spread(t["speedup"], *t["speedup_range"]) for t in row["timings"]]
+        found.append([
             row["runtime"].rpartition(" ")[0], row["grid"], row["preset"], ", ".join(row["containers"]),
             f"{row['bytes'] / 1e6:.2f}", f"{row['bytes_float32'] / 1e6:.1f}", *memory, f"{row['difference']:.0e}", *speeds,
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        ])  # fmt: skip
+    return table(columns, found)
 
 
 def _int8(found: list[dict[str, Any]]) -> list[str]:
-    lines = [
+    cells = [
+        [NETWORKS[row["network"]].title, f"{row['bytes'] / 1e6:.2f}"]
+        + [f"{spread(*speeds)} at {batch}" for batch, speeds in row["speedup"].items()]
+        for row in found
+    ]
+    return [
         "blaq quantizes weights, and its convolutions compute in float32: packing makes their files small, not their",
         "arithmetic fast. Beside that, ONNX Runtime's own static quantization of the same network: activations and weights of",
         "8 bits on grids of its own, so not the trained weights; speed alone was looked at.",
         "",
-        "| network | file, MB | smaller batch | larger batch |",
-        "|---|---:|---:|---:|",
+        *table(["network", ">file, MB", ">smaller batch", ">larger batch"], cells),
     ]
-    for row in found:
-        cells = [
-            f"{median:.2f} ({low:.2f} to {high:.2f}) at {batch}"
-            for batch, (median, low, high) in row["speedup"].items()
-        ]
-        lines.append(f"| {NETWORKS[row['network']].title} | {row['bytes'] / 1e6:.2f} | {' | '.join(cells)} |")
-    return lines
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ import json
 import tempfile
 from dataclasses import asdict
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from recording import listed, spread, table, versions
+from recording import write as record
+
+from blaq.cli.exporting import bytes_of
 from blaq.export.bench import bench, machine
 from blaq.export.runtimes import SUFFIXES
 from blaq.export.verify import verify_file
@@ -27,13 +30,7 @@ FORMATS = {
     "openvino exact": ("blaq.export.openvino", "exact.xml", "exact"),
     "openvino fast": ("blaq.export.openvino", "fast.xml", "fast"),
 }
-
-
-def size(path: Path) -> int:
-    """Bytes of a file, of all of a folder, of an .xml and its .bin."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0)
+COLUMNS = ("format", ">file, kB", ">equal weights", ">difference", ">test error %", ">batch 1", ">batch 32")
 
 
 def measure(run: Path, format_: str, folder: Path, rounds: int) -> dict[str, Any]:
@@ -45,10 +42,11 @@ def measure(run: Path, format_: str, folder: Path, rounds: int) -> dict[str, Any
         export(run, path, "best", *([preset] if preset else []))
     except ValueError as error:
         return {"format": format_, "refused": str(error)}
-    row: dict[str, Any] = {"format": format_, "bytes": size(path)}
-    if path.suffix == ".safetensors" or path.suffix in SUFFIXES:
-        found = verify_file(path, run, split="test")
-        row |= {"weights": found.weights, "difference": found.difference, "error": found.error}
+    found = verify_file(path, run, split="test")
+    row = {
+        "format": format_, "bytes": bytes_of(path), "weights": found.weights, "difference": found.difference,
+        "error": found.error,
+    }  # fmt: skip
     if path.suffix in SUFFIXES:
         row["bench"] = asdict(bench(path, rounds=rounds))
     return row
@@ -68,7 +66,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for format_ in FORMATS:
                 rows.append(measure(run, format_, Path(folder), options.rounds))
-                print(run.name, text(rows[-1]), flush=True)
+                print(run.name, " | ".join(cells(rows[-1])), flush=True)
         runs.append(
             {
                 "run": run.name, "recipe": recipe.name, "method": recipe.optim.method, "bits": str(recipe.optim.bits),
@@ -76,40 +74,35 @@ def main() -> None:
             }
         )  # fmt: skip
     if options.out:
-        packages = ("torch", "onnxruntime", "openvino", "safetensors")
-        versions = {package: version(package) for package in packages}
-        write({"versions": versions, "machine": machine(), "rounds": options.rounds, "runs": runs}, options.out)
+        where = {"versions": versions("torch", "onnxruntime", "openvino", "compressed-tensors", "safetensors")}
+        write({**where, "machine": machine(), "rounds": options.rounds, "runs": runs}, options.out)
 
 
-def text(row: dict[str, Any]) -> str:
-    """A row of the table, without its frame."""
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
     if "refused" in row:
-        return f"{row['format']} | - | refused: {row['refused']} | | | | |"
+        return [row["format"], "", f"refused: {row['refused']}", *("" for _ in COLUMNS[3:])]
     times = [
-        f"{t['milliseconds']:.3f} ms, {t['speedup']:.2f} x ({t['speedup_range'][0]:.2f} to {t['speedup_range'][1]:.2f})"
+        f"{t['milliseconds']:.3f} ms, {spread(t['speedup'], *t['speedup_range']).replace(' (', ' x (')}"
         for t in row.get("bench", {}).get("timings", ())
     ] or ["", ""]
-    checked = (
-        f"{row['weights']} of {row['weights']} | {row['difference']:.0e} | {row['error']:.2f}"
-        if "weights" in row
-        else "| |"
-    )
-    return f"{row['format']} | {row['bytes'] / 1e3:.1f} | {checked} | {' | '.join(times)}"
+    checked = [f"{row['weights']} of {row['weights']}", f"{row['difference']:.0e}", f"{row['error']:.2f}"]
+    return [row["format"], f"{row['bytes'] / 1e3:.1f}", *checked, *times]
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """export.json, and export.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "export.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     lines = [
         "# Trained networks in every format",
         "",
         "Each file is compared with its run on the test data: quantized weights equal bit for bit, the largest difference of",
-        "an output from torch's relative to the largest output, and the test error in the runtime. Times are of a call on one",
-        f"thread, and how many times faster than the same network in float32 in the same runtime: median of {report['rounds']}",
-        "pairs taken in turn, and their range. Repeat with `python benchmarks/export_table.py RUN ... --out docs/results`.",
+        "an output from torch's relative to the largest output, and the test error in the runtime. Files of weights alone run",
+        "in torch, from what is read back, by compressed-tensors' own decompressor where they are for it. Times are of a call",
+        "on one thread, and how many times faster than the same network in float32 in the same runtime: median of",
+        f"{report['rounds']} pairs taken in turn, and their range. Repeat with",
+        "`python benchmarks/export_table.py RUN ... --out docs/results`.",
         "",
-        ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + f"; {report['machine']}.",
+        f"{listed(report['versions'])}; {report['machine']}.",
     ]
     for run in report["runs"]:
         lines += [
@@ -118,11 +111,9 @@ def write(report: dict[str, Any], folder: Path) -> None:
             "",
             f"Test error in torch {run['torch_error']:.2f} %; {run['float_bytes'] / 1e3:.1f} kB in float32.",
             "",
-            "| format | file, kB | equal weights | difference | test error % | batch 1 | batch 32 |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-            *(f"| {text(row)} |" for row in run["formats"]),
+            *table(COLUMNS, map(cells, run["formats"])),
         ]
-    (folder / "export.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record(folder, "export", report, lines)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import copy
 import hashlib
 import json
-import platform
 import random
 import resource
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import versions, write
 from torch import nn
 
 import blaq
@@ -322,8 +322,7 @@ def main() -> None:
         report = fuzz(options.first, options.count, Path(folder))
     print(json.dumps(report, indent=1))
     if options.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
-        (options.out / "fuzz-packed.json").write_text(json.dumps({"versions": versions, **report}, indent=1) + "\n")
+        write(options.out, "fuzz-packed", {"versions": versions("python", "torch", "blaq"), **report})
     if report["failures"]:
         raise SystemExit(1)
 

@@ -6,7 +6,6 @@ nothing here is a test. With ``--out``, packing.md also tells what fuzz-packed.j
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import listed, processor, table, versions, write
 
-import blaq
 from blaq.export.layers import QuantizedWeight
 from blaq.export.packed import _write, load_packed
 from blaq.export.packing import CONTAINERS, pack, unpack
@@ -96,27 +95,37 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     report = {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__},
-        "machine": {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "versions": versions("python", "torch", "blaq"),
+        "machine": processor(),
         "weights": options.weights,
         "rounds": options.rounds,
         "gweights_per_second": [throughput(name, options.weights, options.rounds) for name in CONTAINERS],
         "resnet18": sizes(),
     }
     if options.out:
-        (options.out / "packing.json").write_text(json.dumps(report, indent=1) + "\n")
         fuzz = options.out / "fuzz-packed.json"
-        text = "\n".join(lines(report, json.loads(fuzz.read_text()) if fuzz.exists() else None))
-        (options.out / "packing.md").write_text(text + "\n")
+        text = lines(report, json.loads(fuzz.read_text(encoding="utf-8")) if fuzz.exists() else None)
+        write(options.out, "packing", report, text)
 
 
 def lines(report: dict[str, Any], fuzz: dict[str, Any] | None) -> list[str]:
     """packing.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    speeds = [
+        [row["container"], f"{row['bits_per_weight']:.2f}"]
+        + [f"{row[key]:.2f}" for key in ("pack", "pack_median", "unpack", "unpack_median")]
+        for row in report["gweights_per_second"]
+    ]
+    found = [
+        [
+            row["grid"], f"{row['file_bytes']:,}", f"{row['theory_bytes']:,}", f"{row['over_theory_percent']:.2f} %",
+            f"{row['times_smaller']:.1f}", f"{row['save_and_verify_seconds']:.2f}", f"{row['load_seconds']:.2f}",
+        ]
+        for row in report["resnet18"]
+    ]  # fmt: skip
     text = [
         "# Packing and the packed file",
         "",
-        f"`python benchmarks/packing.py --out docs/results`; {versions}; {report['machine']['cpu']},",
+        f"`python benchmarks/packing.py --out docs/results`; {listed(report['versions'])}; {report['machine']['cpu']},",
         f"{report['machine']['capability']}, one thread of a shared machine. The format: [packed-file.md](../packed-file.md).",
         "",
         "## Speed",
@@ -124,13 +133,7 @@ def lines(report: dict[str, Any], fuzz: dict[str, Any] | None) -> list[str]:
         f"Billions of weights a second, {report['weights']:,} codes of one byte each to packed bytes and back: the fastest of",
         f"{report['rounds']} rounds in CPU time, and their median.",
         "",
-        "| container | bits a weight | pack | median | unpack | median |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in report["gweights_per_second"]:
-        speeds = " | ".join(f"{row[key]:.2f}" for key in ("pack", "pack_median", "unpack", "unpack_median"))
-        text.append(f"| {row['container']} | {row['bits_per_weight']:.2f} | {speeds} |")
-    text += [
+        *table(["container", ">bits a weight", ">pack", ">median", ">unpack", ">median"], speeds),
         "",
         "## Size",
         "",
@@ -138,20 +141,19 @@ def lines(report: dict[str, Any], fuzz: dict[str, Any] | None) -> list[str]:
         "float32. Theory: the codes' bits, 4 bytes a scale, 4 a float. What the file has beyond it is names and shapes. Saving",
         "includes reading the file back and comparing it, loading the building of the network.",
         "",
-        "| grid | file, bytes | theory | over theory | float32 over file | save, s | load, s |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        *table(
+            ["grid", ">file, bytes", ">theory", ">over theory", ">float32 over file", ">save, s", ">load, s"], found
+        ),
     ]
-    for row in report["resnet18"]:
-        text.append(
-            f"| {row['grid']} | {row['file_bytes']:,} | {row['theory_bytes']:,} | {row['over_theory_percent']:.2f} % | "
-            f"{row['times_smaller']:.1f} | {row['save_and_verify_seconds']:.2f} | {row['load_seconds']:.2f} |"
-        )
     return text + (fuzz_lines(fuzz) if fuzz else [])
 
 
 def fuzz_lines(fuzz: dict[str, Any]) -> list[str]:
-    kinds = fuzz["kinds"]
-    text = [
+    rows = [
+        [kind, *(f"{found.get(outcome, 0):,}" for outcome in ("refused", "read", "unchanged"))]
+        for kind, found in fuzz["kinds"].items()
+    ]
+    return [
         "",
         "## Broken and hostile files",
         "",
@@ -164,20 +166,12 @@ def fuzz_lines(fuzz: dict[str, Any]) -> list[str]:
         f"**{len(fuzz['failures'])} failures.** The slowest file took {fuzz['slowest_seconds']} s; the process, with torch and",
         f"everything else in it, took at most {fuzz['peak_memory_mb']} MB.",
         "",
-        "| mutated | refused | read | left as it was |",
-        "|---|---:|---:|---:|",
-    ]
-    for kind, found in kinds.items():
-        text.append(
-            f"| {kind} | {found.get('refused', 0):,} | {found.get('read', 0):,} | {found.get('unchanged', 0):,} |"
-        )
-    text += [
+        *table(["mutated", ">refused", ">read", ">left as it was"], rows),
         "",
         "What is read is a mutation that leaves a valid file: other codes or scales under a new checksum. Of unsealed damage",
         f"none went unnoticed. The reasons given fall into {len(fuzz['reasons'])} kinds; all, and how often each, are in",
         "[fuzz-packed.json](fuzz-packed.json). A small form of it, and a table of single faults, run with the tests.",
     ]
-    return text
 
 
 if __name__ == "__main__":

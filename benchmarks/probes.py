@@ -7,8 +7,6 @@ Nothing here is a test: numbers are recorded, and those above the target marked.
 """
 
 import argparse
-import json
-import platform
 import shlex
 import statistics
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import listed, processor, table, versions, write
 from torch import Tensor, nn
 
 import blaq
@@ -145,44 +144,36 @@ def main(given: Sequence[str] | None = None) -> None:
                 )
     torch.set_num_threads(before)
     if options.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
-        machine = {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
         setting = {key: getattr(options, key) for key in ("blocks", "steps", "batch", "threads")}
-        report = {"versions": versions, "machine": machine, **setting, "probes": rows}
-        write(
-            report,
-            shlex.join(["python", "benchmarks/probes.py", *(sys.argv[1:] if given is None else given)]),
-            options.out,
-        )
+        command = shlex.join(["python", "benchmarks/probes.py", *(sys.argv[1:] if given is None else given)])
+        where = {"versions": versions("python", "torch", "blaq"), "machine": processor()}
+        report = {"command": command, **where, **setting, "probes": rows}
+        write(options.out, "probes", report, page(report))
 
 
-def write(report: dict[str, Any], command: str, folder: Path) -> None:
-    """probes.json, and probes.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probes.json").write_text(json.dumps({"command": command, **report}, indent=1) + "\n", encoding="utf-8")
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines = [
+def page(report: dict[str, Any]) -> list[str]:
+    """The table to read."""
+    rows = []
+    for row in report["probes"]:
+        low, high = row["percent_range"]
+        target = "" if row["target"] is None else f"{row['target']:g}"
+        cost = f"{row['percent']} ({low} to {high})"
+        step = str(row["step_milliseconds"])
+        rows.append([row["method"], row["bits"], str(row["every"]), step, cost, target, "missed" * missed(row)])
+    return [
         "# What probing costs",
         "",
-        f"```\n{command}\n```",
+        f"```\n{report['command']}\n```",
         "",
         "Time inside the zig-zag probe over that of the step around it, in percent: median of the blocks, and the range.",
         f"LeNet-5 in the papers' size, batch {report['batch']}, {report['blocks']} blocks of {report['steps']} steps, without",
         "the gradient error (which costs two gradients a probe more). The target is 5 % with a probe at every 10th step.",
         "",
-        f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}, {report['threads']} threads.",
+        f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}, "
+        f"{report['threads']} threads.",
         "",
-        "| method | grid | probe every | ms a step | cost of probing, % | target, % | |",
-        "|---|---|---:|---:|---:|---:|---|",
+        *table(["method", "grid", ">probe every", ">ms a step", ">cost of probing, %", ">target, %", ""], rows),
     ]
-    for row in report["probes"]:
-        low, high = row["percent_range"]
-        target = "" if row["target"] is None else f"{row['target']:g}"
-        lines.append(
-            f"| {row['method']} | {row['bits']} | {row['every']} | {row['step_milliseconds']} "
-            f"| {row['percent']} ({low} to {high}) | {target} | {'missed' * missed(row)} |"
-        )
-    (folder / "probes.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

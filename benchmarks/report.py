@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import plotly
+from recording import table, versions, write
 
 from blaq.report.page import build, write_page
 from blaq.report.read import read_runs
@@ -119,16 +119,17 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     machine = {
-        "cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(),
-        "plotly": plotly.__version__,
+        "cores": os.cpu_count(), "platform": platform.platform(), **versions("python", "plotly"),
     }  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "report.json").write_text(json.dumps({"machine": machine, "cases": rows}, indent=2) + "\n")
-    table = "\n".join(
-        f"| {row['case']} | {row['wall_seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['megabytes']:.1f} |"
-        for row in rows
-    )
-    (arguments.out / "report.md").write_text(TEXT.format(table=table, **machine))
+    write(arguments.out, "report", {"machine": machine, "cases": rows}, lines(machine, rows), indent=2)
+
+
+def lines(machine: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """report.md."""
+    keys = ("wall_seconds", "cpu_seconds", "megabytes")
+    cells = [[row["case"], *(f"{row[key]:.1f}" for key in keys)] for row in rows]
+    found = table(["200 runs", ">seconds (wall)", ">seconds (processor)", ">page, MB"], cells)
+    return TEXT.format(table="\n".join(found), **machine).splitlines()
 
 
 TEXT = """\
@@ -141,8 +142,6 @@ python benchmarks/report.py --out docs/results
 {cores} cores shared with other work, Python {python}, plotly {plotly}: 200 runs of 500 epochs, each with zig-zag measures of
 four layers at every epoch and {table_probes} probes of eight weights a layer. The aim is under 60 s and under 10 MB.
 
-| 200 runs | seconds (wall) | seconds (processor) | page, MB |
-|---|---:|---:|---:|
 {table}
 
 plotly.js is 4.8 MB of the page. All 500 epochs are drawn; longer curves would be drawn every k-th epoch, and the page says so

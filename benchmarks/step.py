@@ -6,8 +6,6 @@ test: numbers are recorded, not gated.
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from recording import listed, processor, spread, table, versions
+from recording import write as record
 
 import blaq
 from blaq.tasks.models import build_model
 
 GRIDS = ["ternary", "ternary2", "linear3", "linear4", "log3", "midrise2"]
 COLUMNS = 4096
+HEADINGS = ("grid", "solver", "scale for each", "trial", ">ms", ">ratio", ">target", "")
 
 
 class Case(NamedTuple):
@@ -148,51 +149,44 @@ def main(arguments: list[str] | None = None) -> None:
         tables.append({"weights": "ResNet-56", "threads": threads, "peer": "foreach", "rows": [row]})
     torch.set_num_threads(before)
     if options.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
-        machine = {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
-        write({"versions": versions, "machine": machine, "pairs": options.pairs, "tables": tables}, options.out)
+        setting = {"versions": versions("python", "torch", "blaq"), "machine": processor(), "pairs": options.pairs}
+        write({**setting, "tables": tables}, options.out)
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
     return (
         f"{row['grid']:<9} {row['solver']:<12} {row['granularity']!s:<8} {row['trial']:<6} {row['milliseconds']:>9.2f} ms "
-        f"{row['ratio']:>7.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f}), target {row['target']:g}"
+        f"{spread(row['ratio'], *row['range']):>22}, target {row['target']:g}"
     )
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """step.json, and step.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "step.json").write_text(json.dumps(report, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         "# The cost of a step",
         "",
         f"One step over one step of AdamW on the same weights: median of {report['pairs']} pairs taken in turn, and the",
         "range. `fresh` is both halves of BLAQ's step together, without the passes of the network. Repeat with `make bench`.",
         "",
-        f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}.",
+        f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}.",
     ]
-    for table in report["tables"]:
-        weights = (
-            f"{table['weights']:,} float32 weights in one tensor" if table["peer"] == "fused" else table["weights"]
-        )
+    for part in report["tables"]:
+        weights = f"{part['weights']:,} float32 weights in one tensor" if part["peer"] == "fused" else part["weights"]
         lines += [
             "",
-            f"## {weights}, {table['threads']} thread{'s' if table['threads'] > 1 else ''}, over AdamW({table['peer']}=True)",
+            f"## {weights}, {part['threads']} thread{'s' if part['threads'] > 1 else ''}, over AdamW({part['peer']}=True)",
             "",
-            "| grid | solver | scale for each | trial | ms | ratio | target | |",
-            "|---|---|---|---|---:|---:|---:|---|",
+            *table(HEADINGS, map(cells, part["rows"])),
         ]
-        for row in table["rows"]:
-            ratio = f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
-            met = "" if row["ratio"] <= row["target"] else "missed"
-            lines.append(
-                f"| {row['grid']} | {row['solver']} | {row['granularity']} | {row['trial']} | {row['milliseconds']:.1f} "
-                f"| {ratio} | {row['target']:g} | {met} |"
-            )
-    (folder / "step.md").write_text("\n".join(lines) + "\n")
+    record(folder, "step", report, lines)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of step.md."""
+    ratio, met = spread(row["ratio"], *row["range"]), "" if row["ratio"] <= row["target"] else "missed"
+    names = [str(row[key]) for key in ("grid", "solver", "granularity", "trial")]
+    return [*names, f"{row['milliseconds']:.1f}", ratio, f"{row['target']:g}", met]
 
 
 if __name__ == "__main__":

@@ -1,25 +1,35 @@
 """The benchmarks run, on little: for correctness, not for time."""
 
-import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import data
+import deploy
+import epoch
+import export_table
+import memory
+import probes
 import pytest
+import recording
+import step
+import step_figure
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
+from blaq.train.run import evaluate, train
 
+RECIPE = Recipe(
+    name="tiny",
+    title="a few digits, a small perceptron",
+    data=DataConfig(source="digits", train=300, validation=100, test=200, batch_size=50),
+    model=ModelConfig(name="mlp", loss="squared_hinge", options={"inputs": 64, "hidden": [16]}),
+    optim=OptimConfig(method="laq", bits=2, lr=0.01),
+    train=TrainConfig(epochs=1, threads=1),
+)
 
-def benchmark(name: str) -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their annotations
-    spec.loader.exec_module(module)
-    return module
+FOLDER = Path(__file__).parents[1]
 
 
 def cells(line: str) -> list[str]:
@@ -27,7 +37,6 @@ def cells(line: str) -> list[str]:
 
 
 def test_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    step = benchmark("step")
     step.main(["--weights", "8192", "--threads", "1", "--pairs", "3", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "step.json").read_text())
     assert [table["peer"] for table in report["tables"]] == ["fused", "foreach"]
@@ -43,7 +52,6 @@ SMALL = ["--set", "data.batch_size=4", "--blocks", "2", "--steps", "2", "--every
 
 
 def test_the_table_of_whole_steps_keeps_other_recipes(tmp_path: Path) -> None:
-    epoch = benchmark("epoch")
     epoch.main(
         ["mnist-lenet5", *SMALL, "--bits", "1", "2", "--methods", "float", "laq", "blaq", "--out", str(tmp_path)]
     )
@@ -64,7 +72,6 @@ def test_the_table_of_whole_steps_keeps_other_recipes(tmp_path: Path) -> None:
 
 
 def test_blaq_takes_two_gradients_in_every_timed_step_and_its_probe_is_read() -> None:
-    epoch = benchmark("epoch")
     recipe = epoch.load_recipe("mnist-lenet5", ["data.batch_size=4", "optim.method=blaq"])
     training = epoch.Probed(recipe, "cpu", 2)
     training.run(4)
@@ -75,7 +82,6 @@ def test_blaq_takes_two_gradients_in_every_timed_step_and_its_probe_is_read() ->
 
 
 def test_a_miss_is_what_lies_above_its_target() -> None:
-    epoch, probes = benchmark("epoch"), benchmark("probes")
     row: dict[str, Any] = {
         "method": "laq",
         "bits": "1",
@@ -90,7 +96,6 @@ def test_a_miss_is_what_lies_above_its_target() -> None:
 
 
 def test_the_table_of_probes(tmp_path: Path) -> None:
-    probes = benchmark("probes")
     probes.main([
         "--blocks", "2", "--steps", "10", "--batch", "4", "--bits", "binary", "--methods", "laq", "--out", str(tmp_path),
     ])  # fmt: skip
@@ -102,7 +107,6 @@ def test_the_table_of_probes(tmp_path: Path) -> None:
 
 
 def test_the_memory_of_training(tmp_path: Path) -> None:
-    memory = benchmark("memory")
     chosen = ["adamw", "fresh-ternary-alternating-plain"]
     memory.main(["--weights", "4194304", "--cases", *chosen, "--out", str(tmp_path)])
     adamw, fresh = json.loads((tmp_path / "memory.json").read_text())["rows"]
@@ -116,7 +120,6 @@ def test_the_memory_of_training(tmp_path: Path) -> None:
 
 
 def test_the_start_of_a_run(tmp_path: Path) -> None:
-    data = benchmark("data")
     data.STARTS = 1
     quick = [argument for setting in ("train=600", "batch_size=50") for argument in ("--set", f"data.{setting}")]
     data.main(["--sources", "digits", "--recipe", "demo", *quick, "--out", str(tmp_path)])
@@ -130,10 +133,9 @@ def test_the_start_of_a_run(tmp_path: Path) -> None:
 
 def test_the_picture_of_the_steps() -> None:
     pytest.importorskip("plotly")
-    picture = benchmark("step_figure")
-    report = json.loads((FOLDER.parent / "docs" / "results" / "step.json").read_text())
+    report = json.loads((FOLDER / "docs" / "results" / "step.json").read_text())
     tables = [table for table in report["tables"] if table["peer"] == "fused"]
-    targets, *measured = picture.figure(report).data
+    targets, *measured = step_figure.figure(report).data
     for table, trace in zip(tables, measured, strict=True):
         assert list(trace.x) == [row["ratio"] for row in table["rows"]]
         assert [dict(zip(targets.y, targets.x, strict=True))[name] for name in trace.y] == [
@@ -144,4 +146,57 @@ def test_the_picture_of_the_steps() -> None:
             row["range"] for row in table["rows"]
         ]
     with pytest.raises(SystemExit, match="no table"):
-        picture.figure({"tables": []})
+        step_figure.figure({"tables": []})
+
+
+def test_a_table() -> None:
+    assert recording.table(["grid", ">ms", ""], [["ternary", "1.5", "missed"], ["binary", "1.0", ""]]) == [
+        "| grid | ms | |",
+        "|---|---:|---|",
+        "| ternary | 1.5 | missed |",
+        "| binary | 1.0 |  |",
+    ]
+
+
+def test_every_format_has_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of torch, which none of these formats changes; and what a format cannot hold is told."""
+    two_scales = replace(RECIPE, optim=replace(RECIPE.optim, rules={"fc2": "ternary2"}))
+    for name, recipe in (("plain", RECIPE), ("refused", two_scales)):
+        train(recipe, tmp_path / name, progress=False)
+    formats = {key: export_table.FORMATS[key] for key in ("packed", "compressed-tensors", "onnx exact")}
+    monkeypatch.setattr(export_table, "FORMATS", formats)
+    runs = [str(tmp_path / name) for name in ("plain", "refused")]
+    monkeypatch.setattr(sys, "argv", ["export_table.py", *runs, "--rounds", "1", "--out", str(tmp_path / "out")])
+    export_table.main()
+
+    plain, refused = json.loads((tmp_path / "out" / "export.json").read_text())["runs"]
+    error = evaluate(tmp_path / "plain").error
+    assert [(row["format"], row["error"], row["weights"]) for row in plain["formats"]] == [
+        (name, error, 2) for name in formats
+    ]
+    assert "'fc2.weight' is ternary2" in refused["formats"][1]["refused"]
+    lines = (tmp_path / "out" / "export.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert len(rows) == 2 * (1 + len(formats))
+    assert {row.count("|") for row in rows} == {8}
+    assert [row.split(" | ")[4] for row in rows[1:4]] == [f"{error:.2f}"] * 3
+
+
+def row(network: str, speed: float, grid: str = "binary", preset: str = "exact") -> dict[str, Any]:
+    return {
+        "network": network, "grid": grid, "preset": preset, "runtime": "ONNX Runtime",
+        "timings": [{"speedup": 1.5}, {"speedup": speed}],
+    }  # fmt: skip
+
+
+def test_targets_are_about_the_perceptron_and_convolutions() -> None:
+    """LeNet-5 with its linear layers packed is measured, but says nothing of convolutions."""
+    assert deploy.targets([row("lenet5", 0.5)]) == []
+    found = deploy.targets([row("lenet5-conv", 0.96), row("lenet5-conv", 0.94, "ternary"), row("resnet18", 0.95)])
+    assert [(text.partition(",")[0], ok) for text, ok in found] == [
+        ("LeNet-5", True),
+        ("LeNet-5", False),
+        ("ResNet-18", True),
+    ]
+    perceptron = [row("mlp", 1.6, grid, preset) for grid in ("binary", "ternary") for preset in ("fast", "exact")]
+    assert [ok for _, ok in deploy.targets(perceptron)] == [False, False, True, True, False, False]

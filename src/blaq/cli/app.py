@@ -13,7 +13,7 @@ from typing_extensions import override
 
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
-WIDTH_OF_FILES = 120
+WIDTH_OF_FILES = 160
 
 
 class Commands(TyperGroup):

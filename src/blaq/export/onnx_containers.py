@@ -150,7 +150,7 @@ def choose(weight: QuantizedWeight, preset: Preset, orientations: set[bool] | No
         if weight.grid.two_scales:
             return None, "two scales"
         wide = "float32 products hold 4 bits" if preset == "exact" else "no 8-bit integers"
-        return None, f"levels up to {weight.grid.largest:.0f}: {wide}"
+        return None, f"levels up to {weight.grid.largest:g}: {wide}"
     if any(blocks(weight, transposed=transposed) is None for transposed in orientations):
         return None, f"scales not in blocks of {SMALLEST_GROUP}, 32, .. columns"
     return bits, ""

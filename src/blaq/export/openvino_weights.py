@@ -80,7 +80,7 @@ def choose(weight: QuantizedWeight, preset: Preset, *, linear: bool) -> Containe
     elif grid.largest <= 127:
         found = Container("i4" if grid.largest <= 7 else "i8", "levels", 0, 1, "")
     else:
-        note = f"levels up to {grid.largest:.0f}, no 8-bit integers"
+        note = f"levels up to {grid.largest:g}, no 8-bit integers"
         return Container("u4" if levels <= 16 else "u8", "codes", 0, 1, note)
     if not linear:
         return replace(found, note="no Linear layer")
