@@ -8,7 +8,6 @@ that of a gradient of LeNet-5 on it, in turn, over an epoch. Nothing here is a t
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import blaq
+from recording import listed, processor, versions, write
 
 SOURCES = {
     "MNIST": ("mnist-lenet5", False),
@@ -120,16 +118,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(threads)
     print(beside, flush=True)
     if options.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
-        machine = {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
-        write({"versions": versions, "machine": machine, "starts": rows, "loader": beside}, options.out)
+        where = {"versions": versions("python", "torch", "blaq"), "machine": processor()}
+        report = {**where, "starts": rows, "loader": beside}
+        write(options.out, "data", report, page(report))
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
-    """data.json, and data.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data.json").write_text(json.dumps(report, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def page(report: dict[str, Any]) -> list[str]:
+    """The tables to read."""
     beside = report["loader"]
     lines = [
         "# Data: starting, and keeping up",
@@ -138,7 +133,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "content of their files; mean and deviation of the training images are found at every start, and images are normalised",
         "batch by batch, for they depend on the split that is asked for.",
         "",
-        f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
+        f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
         "",
         "## Starting",
         "",
@@ -165,7 +160,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
         f"takes {beside['batch_ms']:.2f} ms, a gradient on it {beside['gradient_ms']:.1f} ms: {100 * beside['share']:.1f} %.",
         f"The first batch, which shuffles the epoch, takes {beside['first_batch_ms']:.1f} ms.",
     ]
-    (folder / "data.md").write_text("\n".join(lines) + "\n")
+    return lines
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ epoch.md anew.
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import listed, processor, spread, table, versions, write
 from torch import Tensor, nn
 
-import blaq
 from blaq.tasks.losses import LOSSES
 from blaq.tasks.models import build_model
 from blaq.train.config import METHODS, Recipe, load_recipe
@@ -172,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows(recipe, options):
         found.append(row)
         target = "" if row["target"] is None else f", target {row['target']:g}{' MISSED' * missed(row)}"
-        print(f"{row['method']:<8} {row['bits']:<4} {row['solver']:<12} {row['milliseconds']:>9.2f} ms {shown(row)}{target}",
-              flush=True)  # fmt: skip
+        what = f"{row['method']:<8} {row['bits']:<4} {row['solver']:<12} {row['milliseconds']:>9.2f} ms"
+        print(f"{what} {spread(row['ratio'], *row['range'])}{target}", flush=True)
     torch.set_num_threads(before)
     if options.out is None:
         return
@@ -182,11 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": shlex.join(["python", "benchmarks/epoch.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "model": recipe.model.name, "options": dict(recipe.model.options), "batch": recipe.data.batch_size,
         **{key: getattr(options, key) for key in ("blocks", "steps", "every", "threads")},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__},
-        "machine": {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(), "device": device},
+        "versions": versions("python", "torch", "blaq"),
+        "machine": {**processor(), "device": device},
         "rows": found,
     }  # fmt: skip
-    write({name: entry}, options.out)
+    record({name: entry}, options.out)
 
 
 def missed(row: dict[str, Any]) -> bool:
@@ -194,25 +193,18 @@ def missed(row: dict[str, Any]) -> bool:
     return row["target"] is not None and row["ratio"] > row["target"]
 
 
-def shown(row: dict[str, Any]) -> str:
-    """The ratio and its range."""
-    return f"{row['ratio']:.2f} ({row['range'][0]:.2f} to {row['range'][1]:.2f})"
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row in Markdown."""
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
     target = "" if row["target"] is None else f"{row['target']:g}"
-    times = f"{row['milliseconds']:.1f} | {row['adamw_milliseconds']:.1f}"
-    name = f"{row['method']} | {row['bits']} | {row['solver']}"
-    return f"| {name} | {times} | {shown(row)} | {target} | {'missed' * missed(row)} |"
+    times = [f"{row['milliseconds']:.1f}", f"{row['adamw_milliseconds']:.1f}"]
+    ratio = spread(row["ratio"], *row["range"])
+    return [row["method"], row["bits"], row["solver"], *times, ratio, target, "missed" * missed(row)]
 
 
-def write(entries: dict[str, Any], folder: Path) -> None:
+def record(entries: dict[str, Any], folder: Path) -> None:
     """Take the entries into epoch.json, and write epoch.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "epoch.json"
     recipes = (json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.exists() else {}) | entries
-    path.write_text(json.dumps({"recipes": recipes}, indent=1) + "\n", encoding="utf-8")
     lines = [
         "# The time of a training step",
         "",
@@ -221,9 +213,9 @@ def write(entries: dict[str, Any], folder: Path) -> None:
         "the gradient error, which costs two gradients a probe more). `float` is blaq's own Adam without a grid. BLAQ takes a",
         "trial in every step.",
     ]
+    columns = ["method", ">bits", "solver", ">ms a step", ">AdamW, ms", ">over AdamW", ">target", ""]
     for name, entry in recipes.items():
-        versions = ", ".join(f"{of} {version}" for of, version in entry["versions"].items())
-        machine, count = entry["machine"], entry["threads"]
+        machine, threads = entry["machine"], f"{entry['threads']} thread{'s' * (entry['threads'] > 1)}"
         lines += [
             "",
             f"## {name}: {entry['model']}, batch {entry['batch']}",
@@ -231,13 +223,11 @@ def write(entries: dict[str, Any], folder: Path) -> None:
             f"```\n{entry['command']}\n```",
             "",
             f"{entry['blocks']} blocks of {entry['steps']} steps, a probe at every {entry['every']} steps; "
-            f"{machine['device']}, {machine['cpu']}, {machine['capability']}, {count} thread{'s' * (count > 1)}; {versions}.",
+            f"{machine['device']}, {machine['cpu']}, {machine['capability']}, {threads}; {listed(entry['versions'])}.",
             "",
-            "| method | bits | solver | ms a step | AdamW, ms | over AdamW | target | |",
-            "|---|---:|---|---:|---:|---:|---:|---|",
+            *table(columns, map(cells, entry["rows"])),
         ]
-        lines += [line(row) for row in entry["rows"]]
-    (folder / "epoch.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(folder, "epoch", {"recipes": recipes}, lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import gc
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import listed, processor, versions, write
 
 import blaq
 
@@ -175,11 +175,8 @@ def cell(row: dict[str, Any], stage: str) -> str:
 STAGES = ("state", "start", "first", "steps", "eval")
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
-    """memory.json, and memory.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def page(report: dict[str, Any]) -> list[str]:
+    """The tables to read."""
     lines = [
         "# The memory of training",
         "",
@@ -190,7 +187,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
         'more, `eval` what `trial="past"` does to evaluate. AdamW is told 8. "over" marks what is more than a tenth of a',
         "byte above. Repeat with `python benchmarks/memory.py --out docs/results`, which takes `--weights` and `--cases`.",
         "",
-        f"{versions}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
+        f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
     ]
     for weights in dict.fromkeys((row["weights"] // 10**6, row["case"]["many"]) for row in report["rows"]):
         rows = [row for row in report["rows"] if (row["weights"] // 10**6, row["case"]["many"]) == weights]
@@ -208,7 +205,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
             if case["trial"] != "adamw":
                 what = (case["trial"], case["grid"], case["solver"], "yes" if case["compiled"] else "no")
             lines.append(f"| {' | '.join(what)} | {cells} |")
-    (folder / "memory.md").write_text("\n".join(lines) + "\n")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -234,9 +231,9 @@ def main(arguments: list[str] | None = None) -> None:
                 cells = "  ".join(f"{stage} {cell(rows[-1], stage)}" for stage in STAGES if cell(rows[-1], stage))
                 print(f"{rows[-1]['weights']:>11,} {case.name:<36} {cells}", flush=True)
     if options.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
-        machine = {"cpu": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
-        write({"versions": versions, "machine": machine, "rows": rows}, options.out)
+        where = {"versions": versions("python", "torch", "blaq"), "machine": processor()}
+        report = {**where, "rows": rows}
+        write(options.out, "memory", report, page(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Is following the scale as good as solving exactly: `python benchmarks/solvers.py RECIPE --out docs/results/solvers-NAME`.
+"""Is following the scale as good as solving exactly: `python benchmarks/solvers.py RECIPE --out docs/results`.
 
 A recipe is trained by LAQ with either solver, from several seeds. After every step of the run that follows, the gap: how
 much larger its error, sum d (w - scale level)^2, is than with the exact scale for the same latent weights and metric. At
@@ -7,7 +7,6 @@ the end, what it did to the network: test error and training loss, each minus th
 
 import argparse
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy
 import torch
+from recording import listed, table, versions, write
 from torch import Tensor
 
 import blaq
@@ -140,35 +140,35 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(rows[-1]), flush=True)
     if options.out:
         settings = [options.recipe, *(f"--set {text}" for text in options.set), f"--seeds {options.seeds}"]
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "blaq": blaq.__version__}
-        report = {"settings": " ".join(settings), "title": recipe.title, "versions": versions, "rows": rows}
-        write(report, options.out)
+        found = versions("python", "torch", "blaq")
+        report = {"settings": " ".join(settings), "title": recipe.title, "versions": found, "rows": rows}
+        write(options.out, "solvers", report, page(report))
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
-    """solvers.json, and solvers.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = [
+def page(report: dict[str, Any]) -> list[str]:
+    """The table to read."""
+    columns = ["grid", ">gap: median", ">95 % below", ">largest"]
+    columns += [">test error %, exact", ">followed", ">difference", ">training loss, exact", ">followed", ">difference"]
+    keys = ("exact_error", "error", "error_minus_exact", "exact_loss", "loss", "loss_minus_exact")
+    rows = [
+        [
+            row["grid"],
+            *(f"{100 * row[key]:.2g} %" for key in ("gap_median", "gap_95", "gap_largest")),
+            *(row[key] for key in keys),
+        ]
+        for row in report["rows"]
+    ]
+    return [
         "# Following the scale, and solving exactly",
         "",
-        f"{report['title']}; LAQ. `python benchmarks/solvers.py {report['settings']} --out ..`;",
-        ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
+        f"{report['title']}; LAQ. `python benchmarks/solvers.py {report['settings']} --out docs/results`;",
+        listed(report["versions"]) + ".",
         "",
         "Gap: the projection's error with the scale that was followed, over that of the optimum, minus 1, of every layer after",
         "every step. Differences are paired by seed, ± half of their 95 % interval (t).",
         "",
-        "| grid | gap: median | 95 % below | largest | test error %, exact | followed | difference "
-        "| training loss, exact | followed | difference |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *table(columns, rows),
     ]
-    for row in report["rows"]:
-        gaps = " | ".join(f"{100 * row[key]:.2g} %" for key in ("gap_median", "gap_95", "gap_largest"))
-        lines.append(
-            f"| {row['grid']} | {gaps} | {row['exact_error']} | {row['error']} | {row['error_minus_exact']} "
-            f"| {row['exact_loss']} | {row['loss']} | {row['loss_minus_exact']} |"
-        )
-    (folder / "solvers.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

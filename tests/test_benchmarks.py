@@ -14,6 +14,7 @@ import memory
 import probes
 import pytest
 import recording
+import solvers
 import step
 import step_figure
 
@@ -90,7 +91,7 @@ def test_a_miss_is_what_lies_above_its_target() -> None:
         "adamw_milliseconds": 4.0,
     }
     row |= {"range": [1.0, 1.2], "target": 1.05}
-    assert [cells(epoch.line(row | {"ratio": ratio}))[-1] for ratio in (1.05, 1.06)] == ["", "missed"]
+    assert [epoch.cells(row | {"ratio": ratio})[-1] for ratio in (1.05, 1.06)] == ["", "missed"]
     assert [probes.missed({"percent": percent, "target": 5.0}) for percent in (5.0, 5.1)] == [False, True]
     assert not probes.missed({"percent": 20.0, "target": None})
 
@@ -200,3 +201,15 @@ def test_targets_are_about_the_perceptron_and_convolutions() -> None:
     ]
     perceptron = [row("mlp", 1.6, grid, preset) for grid in ("binary", "ternary") for preset in ("fast", "exact")]
     assert [ok for _, ok in deploy.targets(perceptron)] == [False, False, True, True, False, False]
+
+
+def test_following_the_scale_against_solving_exactly(tmp_path: Path) -> None:
+    quick = [word for setting in ("data.train=200", "train.epochs=2") for word in ("--set", setting)]
+    solvers.main(["demo", *quick, "--grids", "ternary", "linear3", "--seeds", "2", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "solvers.json").read_text())["rows"]
+    assert [row["grid"] for row in rows] == ["ternary", "linear3"]
+    # Three layers, two seeds, two epochs of four steps; nothing is better than the optimum, and the first step is it.
+    assert [row["gaps"] for row in rows] == [3 * 2 * 8] * 2
+    assert all(-1e-6 < row["gap_median"] <= row["gap_95"] <= row["gap_largest"] for row in rows)
+    text = (tmp_path / "solvers.md").read_text()
+    assert "| linear3 |" in text and "--set train.epochs=2" in text
