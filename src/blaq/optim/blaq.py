@@ -76,7 +76,7 @@ class BLAQ(LatentOptimizer):
             steps the parameters hold the next trial point (see `eval`); ``"delayed"`` one, no trial: a control that blends
             in the gradient of the step before, ``a g_t + (1-a) g_{t-1}``; ``"none"`` one, LAQ.
         trial_every: with ``"fresh"``, a trial at every k-th step; the other steps are LAQ's.
-        compile: whether the passes over the weights are compiled (`torch.compile`); None: from 2^20 quantized weights on.
+        compile: whether the passes over the weights are compiled (`torch.compile`); None: from 2^18 quantized weights on.
         module: the model: its buffers (BatchNorm's statistics) are left by the second evaluation as the first left them.
 
     State of a parameter: ``step``; ``exp_avg``, ``exp_avg_sq`` (shape of p); with a grid also ``latent`` (shape of p) and
