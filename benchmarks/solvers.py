@@ -27,7 +27,7 @@ from blaq.train.module import Tally, TaskModule
 from blaq.train.run import load_data
 from blaq.train.statistics import Sample, paired
 
-GRIDS = ["ternary", "ternary2", "linear3", "midrise2", "linear4", "log3", "linear8"]
+GRIDS = ["ternary", "ternary2", "linear3", "midrise2", "linear4", "log3"]
 
 
 class Gaps:
@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(rows[-1]), flush=True)
     if options.out:
         settings = [options.recipe, *(f"--set {text}" for text in options.set), f"--seeds {options.seeds}"]
+        settings += ["--grids", *options.grids] if options.grids != GRIDS else []
         found = versions("python", "torch", "blaq")
         report = {"settings": " ".join(settings), "title": recipe.title, "versions": found, "rows": rows}
         write(options.out, "solvers", report, page(report))
