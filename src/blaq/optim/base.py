@@ -59,9 +59,7 @@ class LatentOptimizer(Optimizer):
 
     def _reset_transient(self) -> None:
         """What can be found again after loading: never in a checkpoint."""
-        # Of the parameters and latent weights as we wrote them: tells a write from outside.
-        self._versions: dict[Tensor, int] = {}
-        self._latents: dict[Tensor, tuple[Tensor, int]] = {}
+        self._versions: dict[Tensor, int] = {}  # of the parameters as we wrote them: tells a write from outside
 
     def _check_idle(self, what: str) -> None:
         """Refuse while a step is under way: nothing may be saved or changed then."""
@@ -218,7 +216,6 @@ class LatentOptimizer(Optimizer):
         def repair(_: Optimizer) -> None:
             checkpoint.repair_dtypes(loaded, self.param_groups, self.state)
             self._versions.clear()
-            self._latents.clear()
             evaluating = self.param_groups[0]["evaluating"]
             if self.trial != "past" or evaluating:
                 for group, p, state in self._parameters():
@@ -277,20 +274,6 @@ class LatentOptimizer(Optimizer):
     def _has_written(self, parameters: Iterable[Tensor]) -> None:
         for p in parameters:
             self._versions[p] = p._version
-
-    def _has_moved(self, parameters: Iterable[Tensor]) -> None:
-        """A step has written their latent weights, and has found the scale of them or of the trial point ahead."""
-        for p in parameters:
-            if "scale" in self.state[p]:
-                latent = self.state[p]["latent"]
-                self._latents[p] = latent, latent._version
-
-    def _to_check(self, p: Tensor) -> Tensor | None:
-        """What tells whether a latent weight is finite: the scale, sums over all of it, where it came from the same step."""
-        state = self.state[p]
-        latent: Tensor | None = state.get("latent")
-        written, version = self._latents.get(p, (None, 0))
-        return state["scale"] if latent is not None and written is latent and version == latent._version else latent
 
     @property
     def _fast(self) -> bool:

@@ -207,7 +207,6 @@ class BLAQ(LatentOptimizer):
         for batch in batches(self._with_gradients(), self._fast):
             steps.one_gradient(batch, self.trial)
             self._has_written(batch.parameters)
-            self._has_moved(batch.parameters)
         self._count(1)
 
     # --- its two halves -----------------------------------------------------------------------------------------------
@@ -325,7 +324,6 @@ class BLAQ(LatentOptimizer):
             first = [pending.gradients[p] for p in batch.parameters]
             steps.two_gradients(batch, first, batch.gradients)
             self._has_written(batch.parameters)
-            self._has_moved(batch.parameters)
         self._count(2)
 
     # --- what the parameters hold -------------------------------------------------------------------------------------
@@ -347,7 +345,7 @@ class BLAQ(LatentOptimizer):
 
     def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
-        entries = [Entry(p, grad, self._to_check(p)) for _, p, grad, _ in self._with_gradients()]
+        entries = [Entry(p, grad, state.get("latent")) for _, p, grad, state in self._with_gradients()]
         refuse_sparse(self._owner, entries, self._name)
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler.step() sets it around its call
         if scaler is not None:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Entry:
-    """What a parameter brings into a step: itself, its gradient, and its latent weight where it has one, or what tells as
-    well whether that is finite.
-    """
+    """What a parameter brings into a step: itself, its gradient, and its latent weight where it has one."""
 
     p: Tensor
     grad: Tensor
