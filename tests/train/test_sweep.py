@@ -116,7 +116,8 @@ def test_interrupted_runs_stop_and_end_as_if_they_had_not(
     number: signal.Signals, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [job(1, "train.epochs=40"), job(2, "train.epochs=40")]
-    if number == signal.SIGINT:  # other tests load libraries that may take Python's handler away: it would end the process
+    if number == signal.SIGINT:
+        # Other tests load libraries that may take Python's handler away, and it would end this process.
         signal.signal(number, signal.default_int_handler)
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
