@@ -88,6 +88,11 @@ class Grid:
         return torch.tensor([-k for k in reversed(positive)] + zero + positive, dtype=torch.float32)
 
     @property
+    def has_closed_form(self) -> bool:
+        """Whether there is one magnitude only, so that no choice of levels hangs on the scale (LAB)."""
+        return len(self.magnitudes) == 1
+
+    @property
     def has_zero(self) -> bool:
         """Whether zero is a level."""
         return self.magnitudes[0] == 0

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blaq.bins import AddIntoBins
 from blaq.exact import exact
 from blaq.grids import Grid
-from blaq.solvers import alternating, nearest
+from blaq.solvers import alternating, nearest, sides
 
 GRANULARITIES = ("tensor", "channel")
 SOLVERS = ("exact", "alternating")
@@ -90,26 +91,24 @@ def project(
     return Quantized(codes_of(levels_RN, grid).view(weight.shape), scale_RS, values)
 
 
-def solve_scale(w_RN: Tensor, d_RN: Tensor | None, grid: Grid, solver: str, start_RS: Tensor | None = None) -> Tensor:
-    """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked."""
+def solve_scale(
+    w_RN: Tensor,
+    d_RN: Tensor | None,
+    grid: Grid,
+    solver: str,
+    start_RS: Tensor | None = None,
+    add: AddIntoBins | None = None,
+) -> Tensor:
+    """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked; `add` as in `exact`."""
     if w_RN.shape[1] == 0:
         return torch.zeros(w_RN.shape[0], grid.scales, device=w_RN.device)
     d_RN = w_RN.new_ones(()).expand_as(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)  # a single 1 in memory
-    if grid.two_scales:
-        # Either sign is a problem of its own in which the entries of the other sign have no weight.
-        below = w_RN < 0
-        u, d = (
-            torch.stack([torch.where(side, t, 0.0) for side in (below, ~below)], dim=1).flatten(0, 1)
-            for t in (w_RN.abs(), d_RN)
-        )
-    else:
-        u, d = w_RN.abs(), d_RN
     if solver == "exact":
-        scale = exact(u, d, grid) / grid.largest
-    else:
-        start = torch.zeros(u.shape[0], 1, device=u.device) if start_RS is None else start_RS.reshape(-1, 1)
-        scale = alternating(u, d, grid, start.to(u.device).double())
-    return scale.float().view(w_RN.shape[0], grid.scales)
+        return exact(w_RN, d_RN, grid, add).float()
+    starts = torch.zeros(w_RN.shape[0], grid.scales) if start_RS is None else start_RS
+    starts = torch.split(starts.to(w_RN.device).double(), 1, 1)
+    found = [alternating(u, d, grid, start) for (u, d), start in zip(sides(w_RN, d_RN, grid), starts, strict=True)]
+    return torch.cat(found, 1).float()
 
 
 def nearest_levels(w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:

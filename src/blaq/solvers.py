@@ -41,6 +41,14 @@ def nearest(u_RN: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return magnitudes[torch.bucketize(u_RN / scale, bounds, right=True)]
 
 
+def sides(w_RN: Tensor, d_RN: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]:
+    """Magnitudes and curvature of each scale of a row: with two, entries of the other sign have no weight."""
+    if not grid.two_scales:
+        return [(w_RN.abs(), d_RN)]
+    below = w_RN < 0
+    return [(torch.where(side, w_RN.abs(), 0.0), torch.where(side, d_RN, 0.0)) for side in (below, ~below)]
+
+
 def sums(u_RN: Tensor, d_RN: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """``S1 = sum d b u`` and ``S2 = sum d b^2`` for the levels nearest at a scale, (R, 1); levels in units of `_unit`."""
     b = nearest(u_RN, scale, grid) * (1 / _unit(grid))
@@ -84,8 +92,9 @@ def follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, last_R1: Tensor, aside: float
     Looks at the last scale and at another, ``1 + aside`` times it, takes the levels with the larger S1^2/S2, and the scale
     that is best for them. The more levels, the less an alternation moves from where it is; ternary grids need no other.
     """
-    if len(grid.magnitudes) == 1:  # LAB's closed form
-        return (d_RN * u_RN).sum(1, keepdim=True) / d_RN.sum(1, keepdim=True)
+    if grid.has_closed_form:  # LAB's closed form
+        s1, s2 = (t.sum(1, keepdim=True, dtype=torch.float64) for t in (d_RN.double() * u_RN, d_RN))
+        return s1 / s2
     s1, s2 = sums(u_RN, d_RN, last_R1, grid)
     if len(grid.magnitudes) > 2 or not grid.has_zero:
         other1, other2 = sums(u_RN, d_RN, last_R1 * (1 + aside), grid)

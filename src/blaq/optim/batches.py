@@ -45,8 +45,9 @@ class Batch:
         """What their passes are compiled for; None without a grid. The first step with a gradient is solved exactly."""
         if self.group["grid"] is None:
             return None
-        follows = self.group["solver"] == "alternating" and self.t > 1
-        return How(Grid.parse(self.group["grid"]), follows, self.group["curvature"])
+        grid = Grid.parse(self.group["grid"])
+        follows = grid.has_closed_form or (self.group["solver"] == "alternating" and self.t > 1)
+        return How(grid, follows, self.group["curvature"])
 
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
         """The tensors, one a parameter and of its shape, as one matrix (rows of all, N): for a single one a view."""
@@ -118,8 +119,9 @@ def _batch(entries: list[tuple[Group, Tensor, Tensor, State]], fast: bool) -> Ba
     groups, parameters, gradients, states = zip(*entries, strict=True)
     rows = len(states[0]["scale"]) if "scale" in states[0] else 1
     t = int(states[0]["step"]) + 1
-    once = t == 1 and groups[0]["solver"] == "alternating"  # an exact pass, which no later step takes
-    return Batch(groups[0], t, rows, fast and not once, parameters, gradients, states)
+    batch = Batch(groups[0], t, rows, fast, parameters, gradients, states)
+    once = batch.how is not None and not batch.how.follows and batch.group["solver"] == "alternating"
+    return replace(batch, fast=fast and not once)  # no later step takes that pass
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

@@ -15,17 +15,23 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from blaq.exact import exact
+from blaq.bins import add_into_bins
 from blaq.grids import Grid
 from blaq.optim import update
 from blaq.optim.update import Rates
-from blaq.projection import dequantize, nearest_levels
-from blaq.solvers import follow
+from blaq.projection import dequantize, nearest_levels, solve_scale
+from blaq.solvers import follow, sides
 
 # Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
 COMPILED_FROM = 2**18
-# Rows that are added up on their own are loops of their own: better to compute an entry twice than to store it between them.
-_ROWS_APART: dict[str, Any] = {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000}
+# What the compiler is told, by what a pass goes over.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "row": {},
+    # Rows that are added up on their own are loops of their own: better to compute an entry twice than to store it between.
+    "rows": {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000},
+    # One addition after the other: faster than atomic ones on few threads, and the same in every run.
+    "bins": {"cpp.threads": 1},
+}
 _COMPILERS = (2, 13)  # torch from which compiled sums are as exact as those of torch itself
 
 _log = logging.getLogger("blaq")
@@ -73,15 +79,12 @@ def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
     p.copy_(dequantize(nearest_levels(w, scale, how.grid), scale, how.grid))
 
 
-def solve(w: Tensor, found: Tensor, how: How) -> Tensor:
+def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     """The scale, float32 (R, S), from what a pass returned."""
     if how.follows:
         return found
-    if not w.numel():
-        return torch.zeros(w.shape[0], how.grid.scales, device=w.device)
-    d = torch.ones_like(w) if how.curvature == "unit" else found
-    columns = [exact(u, d_side, how.grid) / how.grid.largest for u, d_side in _sides(w, d, how.grid)]
-    return torch.cat(columns, 1).float()
+    d = None if how.curvature == "unit" else found
+    return solve_scale(w, d, how.grid, "exact", add=_add_into_bins if fast and _Compiler.usable() else None)
 
 
 def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor, how: How) -> Tensor:
@@ -90,18 +93,9 @@ def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor,
     if not w.numel():
         return scale
     d = torch.ones_like(d) if how.curvature == "unit" else d
-    sides = _sides(w, d, how.grid)
     last = [scale[:, i : i + 1].to(w.dtype) for i in range(how.grid.scales)]
-    found = [follow(u, d, how.grid, start, aside) for (u, d), start in zip(sides, last, strict=True)]
+    found = [follow(u, d, how.grid, start, aside) for (u, d), start in zip(sides(w, d, how.grid), last, strict=True)]
     return torch.cat(found, 1).float()
-
-
-def _sides(w: Tensor, d: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]:
-    """Magnitudes and metric of each scale of a row: with two, entries of the other sign have no weight."""
-    if not grid.two_scales:
-        return [(w.abs(), d)]
-    below = w < 0
-    return [(torch.where(side, w.abs(), 0.0), torch.where(side, d, 0.0)) for side in (below, ~below)]
 
 
 # --- compiled or not ------------------------------------------------------------------------------------------------------
@@ -115,7 +109,7 @@ def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, asi
     given = [value for value in (aside, *r) if value is not None]
     numbers = torch.tensor(given, dtype=like.dtype, device=like.device)
     absent = tuple(value is None for value in (aside, *r))
-    key = (function, how, absent, tensors[-1].shape[0] > 1)
+    key = (function, how, absent, "rows" if tensors[-1].shape[0] > 1 else "row")
     return _Compiler.call(key, (*tensors, numbers), lambda: function(*tensors, aside, r, how))
 
 
@@ -123,10 +117,15 @@ def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None
     """`write`, compiled where `fast` and where it can be."""
     if fast and _Compiler.usable():
         how = How(how.grid, False, "adam")  # the rest makes no difference here
-        _Compiler.call((write, how, None, False), (p, w, scale), lambda: write(p, w, scale, how))
+        _Compiler.call((write, how, None, "row"), (p, w, scale), lambda: write(p, w, scale, how))
         increment_version(p)  # the alias that was written to has a count of its own
     else:
         write(p, w, scale, how)
+
+
+def _add_into_bins(*tensors: Tensor) -> None:
+    """`add_into_bins`, compiled where it can be."""
+    _Compiler.call((add_into_bins, None, None, "bins"), tensors, lambda: add_into_bins(*tensors))
 
 
 class _Compiler:
@@ -141,7 +140,7 @@ class _Compiler:
     @classmethod
     def call(
         cls,
-        key: tuple[Callable[..., Any], How, tuple[bool, ...] | None, bool],
+        key: tuple[Callable[..., Any], How | None, tuple[bool, ...] | None, str],
         tensors: tuple[Tensor, ...],
         plain: Callable[[], Any],
     ) -> Any:
@@ -165,7 +164,7 @@ def _alias(tensor: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled(
-    function: Callable[..., Any], how: How, absent: tuple[bool, ...] | None, many_rows: bool
+    function: Callable[..., Any], how: How | None, absent: tuple[bool, ...] | None, over: str
 ) -> Callable[..., Any]:
     """The pass with its numbers in one tensor, the last argument; those absent are None."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _COMPILERS:
@@ -173,7 +172,7 @@ def _compiled(
 
     def with_numbers(*arguments: Tensor) -> Any:
         if absent is None:
-            return function(*arguments, how)
+            return function(*arguments, how) if how is not None else function(*arguments)
         *tensors, numbers = arguments
         values = iter(numbers.unbind())
         aside, *rates = [None if missing else next(values) for missing in absent]
@@ -181,4 +180,4 @@ def _compiled(
 
     # torch.compile keeps what it compiled with the code object, and only some of it: each pass has one of its own.
     own = types.FunctionType(with_numbers.__code__.replace(), globals(), closure=with_numbers.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True, options=_ROWS_APART if many_rows else {})
+    return torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS[over])

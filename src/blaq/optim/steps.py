@@ -29,7 +29,7 @@ def one_gradient(batch: Batch, trial: str) -> None:
             how = batch.how if trial != "past" else batch.how._replace(follows=False)
             found = passes.run(passes.laq, (w, m, v, g, scale), r, look_aside(batch.t), how, batch.fast)
             if trial != "past":
-                _write(batch, w, passes.solve(w, found, batch.how))
+                _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
         _put(batch, w, m, v)
     if remembered:
         torch._foreach_copy_(remembered, list(batch.gradients))
@@ -52,7 +52,7 @@ def two_gradients(batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor
         how = batch.how if write else batch.how._replace(follows=False)
         found = passes.run(passes.backtrack, tensors, r, look_aside(batch.t), how, batch.fast)
         if write:
-            _write(batch, w, passes.solve(w, found, batch.how))
+            _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
     _put(batch, w, m, v)
 
 
@@ -77,7 +77,7 @@ def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Ten
         return []
     tensors = (w, m, v, g, batch.scales())
     w_trial, found = passes.run(passes.forward, tensors, r, look_aside(batch.t), batch.how, batch.fast)
-    scale = passes.solve(w_trial, found, batch.how)
+    scale = passes.solve(w_trial, found, batch.how, batch.fast)
     _write_values(batch, w_trial, scale)
     return list(torch.split(scale, batch.rows))
 

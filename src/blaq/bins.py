@@ -1,0 +1,234 @@
+"""The sums S1 and S2 of one long row at any scale, without sorting it: what the exact solver asks, see `blaq.exact`.
+
+`Bins` knows them up to the entries that share a bin with a threshold, from one pass over the row; `Near` exactly, from the
+entries near the thresholds of some scales. Nothing of the size of the row is made: both see some entries at a time.
+
+Shape suffixes: N entries, C scales, K outward steps of the grid, B bins, M entries picked.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blaq.grids import Grid
+
+SMALL = 2.0**-100  # magnitudes below go to float64: float32 has few digits left for them
+DIGITS = 10  # binary digits of the mantissa that tell bins apart
+_CHUNK = 2**18  # entries seen at once: their wide copies stay in cache
+_OCTAVES = 48  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
+_FEW = 2  # intervals that entries are compared with one by one
+_WORD = 8  # flags that are looked at together
+
+AddIntoBins = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+class Cells(NamedTuple):
+    """Intervals of alpha, (C,), from the highest to the lowest; best: a value of S1^2/S2 that is reached."""
+
+    highs: Tensor
+    lows: Tensor
+    best: float
+
+
+class Bounds(NamedTuple):
+    """At some alphas, (C,): S1 and S2 from below and from above, and V from above."""
+
+    s1_low: Tensor
+    s2_low: Tensor
+    s1_high: Tensor
+    s2_high: Tensor
+    v_high: Tensor
+
+
+class Row(NamedTuple):
+    """One long row: weights, curvature, and the dtype in which magnitudes are told apart."""
+
+    w: Tensor
+    d: Tensor
+    dtype: torch.dtype
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights and curvature, some entries at a time."""
+        return zip(torch.split(self.w, _CHUNK), torch.split(self.d, _CHUNK), strict=True)
+
+
+def magnitudes(grid: Grid) -> Tensor:
+    """The levels >= 0 over the largest one, ascending: float64 (K + 1,)."""
+    return torch.tensor(grid.magnitudes, dtype=torch.float64) / grid.largest
+
+
+def thresholds(grid: Grid) -> Tensor:
+    """Half way between neighbouring magnitudes: float64 (K,)."""
+    levels = magnitudes(grid)
+    return (levels[:-1] + levels[1:]) / 2
+
+
+# --- bins of magnitude ----------------------------------------------------------------------------------------------------
+
+
+def add_into_bins(w_N: Tensor, d_N: Tensor, first: Tensor, d_SB: Tensor, du_SB: Tensor) -> None:
+    """Add d and d u of every entry to its bin, in place; S sides: one, or negative entries and the others.
+
+    Source: own; deterministic where additions come one after the other, as on one thread.
+    """
+    index = (_bits(w_N.abs()) - first).clamp(min=0).long()
+    if len(d_SB) == 2:
+        index = index + (w_N >= 0) * d_SB.shape[1]
+    wide = d_N.double()
+    d_SB.view(-1).scatter_add_(0, index, wide)
+    du_SB.view(-1).scatter_add_(0, index, wide * w_N.abs().double())
+
+
+def sums_in_bins(row: Row, grid: Grid, largest: Tensor, add: AddIntoBins | None = None) -> tuple[Tensor, Tensor, int]:
+    """Sums of d and of d u in every bin, float64 (S, B), and the number of the first bin.
+
+    A bin holds the floats that share exponent and first digits of the mantissa: neighbours in bins are neighbours in
+    magnitude, and a bin is a 2^-10th of its magnitude wide; but the lowest goes down to 0.
+    """
+    top = int(_bits(largest.to(row.dtype)))
+    first = max(top - (_OCTAVES << DIGITS), 0)
+    d_SB, du_SB = (
+        torch.zeros(grid.scales, top - first + 1, dtype=torch.float64, device=row.w.device) for _ in range(2)
+    )
+    start = torch.tensor(first, dtype=_integers(row.dtype)[0], device=row.w.device)
+    if add is not None and row.w.dtype == row.dtype:
+        add(row.w, row.d, start, d_SB, du_SB)
+    else:
+        for w, d in row.chunks():
+            add_into_bins(w.to(row.dtype), d, start, d_SB, du_SB)
+    return d_SB, du_SB, first
+
+
+def _bits(u: Tensor) -> Tensor:
+    kind, digits = _integers(u.dtype)
+    return u.view(kind) >> (digits - DIGITS)
+
+
+def _integers(dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """The integers of the size of a float, and the digits of its mantissa."""
+    return (torch.int64, 52) if dtype == torch.float64 else (torch.int32, 23)
+
+
+class Bins:
+    """One side of a row in bins of magnitude: its sums at any alpha, up to the entries that share a bin with a threshold."""
+
+    def __init__(self, d_B: Tensor, du_B: Tensor, first: int, dtype: torch.dtype, grid: Grid) -> None:
+        self.levels, self.mids = magnitudes(grid).to(d_B.device), thresholds(grid).to(d_B.device)
+        self.first, self.dtype = first, dtype
+        self.lowest = (d_B > 0).nonzero()[0]
+        zero = d_B.new_zeros(1)
+        # Sums over a bin and all above it; none above the last.
+        self.d_above, self.du_above = (torch.cat([s.flip(0).cumsum(0).flip(0), zero]) for s in (d_B, du_B))
+
+    def floats(self, bins: Tensor) -> Tensor:
+        """The lower end of bins, float64; that of the lowest is 0."""
+        kind, digits = _integers(self.dtype)
+        low = ((bins + self.first).clamp(min=0).to(kind) << (digits - DIGITS)).view(self.dtype).double()
+        return torch.where(bins <= 0, 0.0, low)
+
+    def around(self, alpha_C: Tensor) -> Tensor:
+        """(C, K): the bin that the threshold of every step lies in; the number of bins above all."""
+        threshold_CK = (alpha_C.unsqueeze(1) * self.mids).clamp(max=torch.finfo(self.dtype).max)
+        return (_bits(threshold_CK.to(self.dtype)) - self.first).clamp(0, len(self.d_above) - 1).long()
+
+    def bounds(self, alpha_C: Tensor) -> Bounds:
+        """S1, S2 and V with the entries in the bin of a threshold inside it, and outside."""
+        inside = self.around(alpha_C)
+        outside = (inside + 1).clamp(max=len(self.d_above) - 1)
+        s1_high, s2_high = self._sums(self.d_above[inside], self.du_above[inside])
+        s1_low, s2_low = self._sums(self.d_above[outside], self.du_above[outside])
+        # An entry outside its best step costs at most what it would gain at the upper end of its bin.
+        reach_CK = (self.floats(inside + 1) - alpha_C.unsqueeze(1) * self.mids).clamp(min=0)
+        weight_CK = self.d_above[inside] - self.d_above[outside]
+        missed = torch.where(weight_CK > 0, weight_CK * reach_CK, 0.0) * self.levels.diff()
+        v = (2 * s1_low - alpha_C * s2_low) * alpha_C + 2 * alpha_C * missed.sum(1)
+        return Bounds(s1_low, s2_low, s1_high, s2_high, v)
+
+    def _sums(self, d_CK: Tensor, du_CK: Tensor) -> tuple[Tensor, Tensor]:
+        s1 = self.levels[0] * self.du_above[0] + (du_CK * self.levels.diff()).sum(1)
+        s2 = self.levels[0] ** 2 * self.d_above[0] + (d_CK * self.levels.square().diff()).sum(1)
+        return s1, s2
+
+    def unsettled(self, cells: Cells) -> Tensor:
+        """Which bins hold entries that take a step inside the cells: bool (B,)."""
+        size = len(self.d_above) - 1
+        first, last = self.around(cells.lows), self.around(cells.highs)
+        edges = torch.zeros(size + 1, dtype=torch.int64, device=first.device)
+        edges.index_add_(0, first.flatten(), torch.ones_like(first).flatten())
+        edges.index_add_(0, (last + 1).clamp(max=size).flatten(), -torch.ones_like(last).flatten())
+        return edges.cumsum(0)[:-1] > 0
+
+
+# --- entries near the thresholds ------------------------------------------------------------------------------------------
+
+
+class Near:
+    """The entries in unsettled bins, in order of magnitude, and the rest in bins: exact sums at every alpha of the cells."""
+
+    def __init__(self, bins: Bins, row: Row, side: int | None, cells: Cells) -> None:
+        self.bins = bins
+        unsettled = bins.unsettled(cells)
+        u, d = _picked(bins, row, side, unsettled)
+        self.u_M, order = u.sort(descending=True)
+        self.d_M = d[order]
+        zero = u.new_zeros(1)
+        self.d_sum = torch.cat([zero, self.d_M.cumsum(0)])
+        self.du_sum = torch.cat([zero, (self.d_M * self.u_M).cumsum(0)])
+        # What the bins hold without the entries picked.
+        settled = torch.cat([~unsettled, unsettled.new_zeros(1)])
+        per_bin = [torch.where(settled, above - above.roll(-1), 0.0) for above in (bins.d_above, bins.du_above)]
+        self.d_rest, self.du_rest = (s.flip(0).cumsum(0).flip(0) for s in per_bin)
+
+    def taken(self, alpha_C: Tensor) -> Tensor:
+        """(C, K): how many of the entries picked have made step k when alpha has come down to a value."""
+        return torch.searchsorted(-self.u_M, -alpha_C.unsqueeze(1) * self.bins.mids, right=True)
+
+    def sums(self, alpha_C: Tensor, taken_CK: Tensor) -> tuple[Tensor, Tensor]:
+        """S1 and S2, (C,)."""
+        levels = self.bins.levels
+        above = (self.bins.around(alpha_C) + 1).clamp(max=len(self.d_rest) - 1)
+        # A threshold's own bin is settled only if nobody is in it.
+        d_CK, du_CK = self.d_sum[taken_CK] + self.d_rest[above], self.du_sum[taken_CK] + self.du_rest[above]
+        s1 = levels[0] * self.bins.du_above[0] + (du_CK * levels.diff()).sum(1)
+        s2 = levels[0] ** 2 * self.bins.d_above[0] + (d_CK * levels.square().diff()).sum(1)
+        return s1, s2
+
+    def bounds(self, alpha_C: Tensor) -> Bounds:
+        """S1, S2 and V: exact, so that their bounds coincide."""
+        s1, s2 = self.sums(alpha_C, self.taken(alpha_C))
+        return Bounds(s1, s2, s1, s2, (2 * s1 - alpha_C * s2) * alpha_C)
+
+
+def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitude and curvature of the entries in unsettled bins, float64 (M,)."""
+    edges = torch.nn.functional.pad(unsettled_B.to(torch.int8), (1, 1)).diff().nonzero().squeeze(1)
+    intervals = [
+        (float(low), float(high) if end <= len(unsettled_B) - 1 else torch.inf)
+        for (low, high), end in zip(bins.floats(edges).view(-1, 2), edges.view(-1, 2)[:, 1], strict=True)
+    ]
+    found = [(row.w[:0].double(), row.w[:0].double())]
+    for w, d in row.chunks() if intervals else ():
+        u = w.to(row.dtype).abs()
+        if len(intervals) <= _FEW:
+            near = functools.reduce(torch.logical_or, [(u >= low) & (u < high) for low, high in intervals])
+        else:
+            near = unsettled_B.index_select(0, (_bits(u) - bins.first).clamp(min=0))
+        if side is not None:
+            near = near & ((w < 0) if side == 0 else (w >= 0))
+        at = _where(near)
+        found.append((u[at].double(), d[at].double()))
+    u, d = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return u, d
+
+
+def _where(flags_N: Tensor) -> Tensor:
+    """The positions of the few flags that are set: words of flags first, most of which are empty."""
+    n = flags_N.numel()
+    if n % _WORD:
+        return flags_N.nonzero().squeeze(1)
+    words = flags_N.view(torch.int64).nonzero()
+    positions = words * _WORD + torch.arange(_WORD, device=flags_N.device)
+    return positions[flags_N.view(-1, _WORD)[words.squeeze(1)]]
