@@ -6,7 +6,6 @@ entries near the thresholds of some scales. Nothing of the size of the row is ma
 Shape suffixes: N entries, C scales, K outward steps of the grid, B bins, M entries picked.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,14 +14,23 @@ from torch import Tensor
 
 from blaq.grids import Grid
 
-SMALL = 2.0**-100  # magnitudes below go to float64: float32 has few digits left for them
+_SMALL = 2.0**-100  # magnitudes below go to float64: float32 has few digits left for them
 DIGITS = 10  # binary digits of the mantissa that tell bins apart
-_CHUNK = 2**18  # entries seen at once: their wide copies stay in cache
 _OCTAVES = 48  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
-_FEW = 2  # intervals that entries are compared with one by one
 _WORD = 8  # flags that are looked at together
 
-AddIntoBins = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+class Loops(NamedTuple):
+    """The loops over all entries of a row: as they are, or compiled."""
+
+    add: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    mark: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    chunk: int
+    """Entries that they are called with at once."""
+    intervals: int
+    """Up to so many are marked by comparison."""
+    fill: bool
+    """Whether there must be as many always: compiled code is for one number of them."""
 
 
 class Cells(NamedTuple):
@@ -49,10 +57,19 @@ class Row(NamedTuple):
     w: Tensor
     d: Tensor
     dtype: torch.dtype
+    loops: Loops
+
+    @staticmethod
+    def of(w_N: Tensor, d_N: Tensor, largest: Tensor, loops: Loops) -> "Row":
+        """A row whose magnitudes go up to `largest`; very small ones are told apart in float64, as they are."""
+        if largest >= _SMALL or w_N.dtype == torch.float64:
+            return Row(w_N, d_N, w_N.dtype, loops)
+        return Row(w_N, d_N, torch.float64, PLAIN)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights and curvature, some entries at a time."""
-        return zip(torch.split(self.w, _CHUNK), torch.split(self.d, _CHUNK), strict=True)
+        for w, d in zip(*(torch.split(t, self.loops.chunk) for t in (self.w, self.d)), strict=True):
+            yield w.to(self.dtype), d
 
 
 def magnitudes(grid: Grid) -> Tensor:
@@ -69,20 +86,15 @@ def thresholds(grid: Grid) -> Tensor:
 # --- bins of magnitude ----------------------------------------------------------------------------------------------------
 
 
-def add_into_bins(w_N: Tensor, d_N: Tensor, first: Tensor, d_SB: Tensor, du_SB: Tensor) -> None:
-    """Add d and d u of every entry to its bin, in place; S sides: one, or negative entries and the others.
-
-    Source: own; deterministic where additions come one after the other, as on one thread.
-    """
-    index = (_bits(w_N.abs()) - first).clamp(min=0).long()
-    if len(d_SB) == 2:
-        index = index + (w_N >= 0) * d_SB.shape[1]
+def add_into_bins(w_N: Tensor, d_N: Tensor, first: Tensor, others: Tensor, d_B: Tensor, du_B: Tensor) -> None:
+    """Add d and d u of every entry to its bin, in place; the bins of entries that are not negative start at `others`."""
+    index = ((_bits(w_N.abs()) - first).clamp(min=0) + (w_N >= 0) * others).long()
     wide = d_N.double()
-    d_SB.view(-1).scatter_add_(0, index, wide)
-    du_SB.view(-1).scatter_add_(0, index, wide * w_N.abs().double())
+    d_B.scatter_add_(0, index, wide)
+    du_B.scatter_add_(0, index, wide * w_N.abs().double())
 
 
-def sums_in_bins(row: Row, grid: Grid, largest: Tensor, add: AddIntoBins | None = None) -> tuple[Tensor, Tensor, int]:
+def sums_in_bins(row: Row, grid: Grid, largest: Tensor) -> tuple[Tensor, Tensor, int]:
     """Sums of d and of d u in every bin, float64 (S, B), and the number of the first bin.
 
     A bin holds the floats that share exponent and first digits of the mantissa: neighbours in bins are neighbours in
@@ -90,16 +102,31 @@ def sums_in_bins(row: Row, grid: Grid, largest: Tensor, add: AddIntoBins | None 
     """
     top = int(_bits(largest.to(row.dtype)))
     first = max(top - (_OCTAVES << DIGITS), 0)
-    d_SB, du_SB = (
-        torch.zeros(grid.scales, top - first + 1, dtype=torch.float64, device=row.w.device) for _ in range(2)
-    )
-    start = torch.tensor(first, dtype=_integers(row.dtype)[0], device=row.w.device)
-    if add is not None and row.w.dtype == row.dtype:
-        add(row.w, row.d, start, d_SB, du_SB)
-    else:
-        for w, d in row.chunks():
-            add_into_bins(w.to(row.dtype), d, start, d_SB, du_SB)
+    size = top - first + 1
+    bins = [torch.zeros(grid.scales * size, dtype=torch.float64, device=row.w.device) for _ in range(2)]
+    starts = [
+        torch.tensor(start, dtype=_integers(row.dtype)[0], device=row.w.device)
+        for start in (first, size if grid.two_scales else 0)
+    ]
+    for w, d in row.chunks():
+        row.loops.add(w, d, *starts, *bins)
+    d_SB, du_SB = (t.view(grid.scales, size) for t in bins)
     return d_SB, du_SB, first
+
+
+def mark(w_N: Tensor, limits_I2: Tensor, takes_2: Tensor, flags_N: Tensor) -> None:
+    """Flag the entries with a magnitude in one of the intervals [low, high); `takes`: 1, or 0 to leave out negative entries,
+    and the others.
+    """
+    u = w_N.abs()
+    inside = torch.zeros_like(u)
+    for low, high in limits_I2.unbind():
+        inside = torch.where(u >= low, torch.where(u < high, 1.0, inside), inside)
+    flags_N.copy_(inside * torch.where(w_N < 0, takes_2[0], takes_2[1]))
+
+
+# Their wide copies stay in cache.
+PLAIN = Loops(add_into_bins, mark, chunk=2**18, intervals=2, fill=False)
 
 
 def _bits(u: Tensor) -> Tensor:
@@ -204,22 +231,22 @@ class Near:
 
 def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tuple[Tensor, Tensor]:
     """Magnitude and curvature of the entries in unsettled bins, float64 (M,)."""
-    edges = torch.nn.functional.pad(unsettled_B.to(torch.int8), (1, 1)).diff().nonzero().squeeze(1)
-    intervals = [
-        (float(low), float(high) if end <= len(unsettled_B) - 1 else torch.inf)
-        for (low, high), end in zip(bins.floats(edges).view(-1, 2), edges.view(-1, 2)[:, 1], strict=True)
-    ]
+    edges = torch.nn.functional.pad(unsettled_B.to(torch.int8), (1, 1)).diff().nonzero().view(-1, 2)
+    limits_I2 = torch.where(edges < len(unsettled_B), bins.floats(edges), torch.inf).to(row.dtype)
+    compared = len(edges) <= row.loops.intervals
+    if compared and row.loops.fill:
+        limits_I2 = torch.nn.functional.pad(limits_I2, (0, 0, 0, row.loops.intervals - len(edges)), value=torch.inf)
+    takes = torch.tensor([side != 1, side != 0], dtype=row.dtype, device=row.w.device)
     found = [(row.w[:0].double(), row.w[:0].double())]
-    for w, d in row.chunks() if intervals else ():
-        u = w.to(row.dtype).abs()
-        if len(intervals) <= _FEW:
-            near = functools.reduce(torch.logical_or, [(u >= low) & (u < high) for low, high in intervals])
+    for w, d in row.chunks() if len(edges) else ():
+        flags = torch.empty_like(w, dtype=torch.uint8)
+        if compared:
+            row.loops.mark(w, limits_I2, takes, flags)
         else:
-            near = unsettled_B.index_select(0, (_bits(u) - bins.first).clamp(min=0))
-        if side is not None:
-            near = near & ((w < 0) if side == 0 else (w >= 0))
-        at = _where(near)
-        found.append((u[at].double(), d[at].double()))
+            index = (_bits(w.abs()) - bins.first).clamp(min=0)
+            flags.copy_(unsettled_B.index_select(0, index) * torch.where(w < 0, takes[0], takes[1]))
+        at = _where(flags)
+        found.append((w[at].abs().double(), d[at].double()))
     u, d = (torch.cat(parts) for parts in zip(*found, strict=True))
     return u, d
 
@@ -231,4 +258,4 @@ def _where(flags_N: Tensor) -> Tensor:
         return flags_N.nonzero().squeeze(1)
     words = flags_N.view(torch.int64).nonzero()
     positions = words * _WORD + torch.arange(_WORD, device=flags_N.device)
-    return positions[flags_N.view(-1, _WORD)[words.squeeze(1)]]
+    return positions[flags_N.view(-1, _WORD)[words.squeeze(1)] > 0]

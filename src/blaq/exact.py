@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blaq.bins import DIGITS, SMALL, AddIntoBins, Bins, Bounds, Cells, Near, Row, magnitudes, sums_in_bins, thresholds
+from blaq.bins import DIGITS, PLAIN, Bins, Bounds, Cells, Loops, Near, Row, magnitudes, sums_in_bins, thresholds
 from blaq.grids import Grid
 from blaq.solvers import add_up, nearest, sides
 
@@ -29,15 +29,15 @@ _CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later 
 _BLOCK = 2**16  # entries whose levels are looked at together
 
 
-def exact(w_RN: Tensor, d_RN: Tensor, grid: Grid, add: AddIntoBins | None = None) -> Tensor:
-    """The global optimum of every row: scales, float64 (R, S). `add`: a faster `blaq.bins.add_into_bins`."""
+def exact(w_RN: Tensor, d_RN: Tensor, grid: Grid, loops: Loops = PLAIN) -> Tensor:
+    """The global optimum of every row: scales, float64 (R, S)."""
     n, steps = w_RN.shape[1], len(grid.magnitudes) - 1
     if grid.has_closed_form:  # LAB's closed form
         return add_up(lambda w, d: (d * w.abs()).sum(1, keepdim=True), w_RN, d_RN) / add_up(
             lambda d: d.sum(1, keepdim=True), d_RN
         )
     if n * steps > _LONG:
-        alphas = torch.stack([_long(w, d, grid, add) for w, d in zip(w_RN, d_RN, strict=True)])
+        alphas = torch.stack([_long(w, d, grid, loops) for w, d in zip(w_RN, d_RN, strict=True)])
     else:
         chunk = max(1, _DIRECT // (n * steps))
         rows = zip(torch.split(w_RN, chunk), torch.split(d_RN, chunk), strict=True)
@@ -57,21 +57,22 @@ def _direct(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
     base1, base2 = levels[0] * (d_RN * u_RN).sum(1, keepdim=True), levels[0] ** 2 * d_RN.sum(1, keepdim=True)
     s1 = torch.cat([base1, base1 + gain1.cumsum(1)], 1)
     s2 = torch.cat([base2, base2 + gain2.cumsum(1)], 1)
-    return _ratio(s1, s2, _first_best(_value(s1, s2)))
+    largest = u_RN.amax(1, keepdim=True)  # NaN and Inf are for the caller to find
+    return torch.where(largest.isfinite(), _ratio(s1, s2, _first_best(_value(s1, s2))), largest)
 
 
 # --- one long row ---------------------------------------------------------------------------------------------------------
 
 
-def _long(w_N: Tensor, d_N: Tensor, grid: Grid, add: AddIntoBins | None) -> Tensor:
+def _long(w_N: Tensor, d_N: Tensor, grid: Grid, loops: Loops) -> Tensor:
     """The same for one long row, without sorting it: alpha of every side, (S,)."""
     low, high = torch.aminmax(w_N)
     tops = [-low, high] if grid.two_scales else [torch.maximum(-low, high)]
     largest = torch.stack(tops).max()
     if not 0 < largest < torch.inf:  # all zero; NaN and Inf, which are for the caller to find
         return largest.double().expand(grid.scales)
-    row = Row(w_N, d_N, torch.float64 if largest < SMALL else w_N.dtype)
-    d_SB, du_SB, first = sums_in_bins(row, grid, largest, add)
+    row = Row.of(w_N, d_N, largest, loops)
+    d_SB, du_SB, first = sums_in_bins(row, grid, largest)
     found = [
         _long_side(row, side if grid.two_scales else None, top.double(), Bins(d, du, first, row.dtype, grid), grid)
         for side, (top, d, du) in enumerate(zip(tops, d_SB, du_SB, strict=True))
@@ -131,7 +132,9 @@ def _prune(bounds: Callable[[Tensor], Bounds], cells: Cells, finest: float, few:
     """Drop cells that cannot hold the optimum and cut the rest, until few candidates are left or cells are narrow."""
     highs, lows, best = cells
     while True:
-        at_high, at_low = bounds(highs), bounds(lows)
+        at_high, at_low = (
+            Bounds(*of) for of in zip(*(t.chunk(2) for t in bounds(torch.cat([highs, lows]))), strict=True)
+        )
         for at in (at_high, at_low):
             for s1, s2 in ((at.s1_low, at.s2_low), (at.s1_high, at.s2_high)):
                 best = max(best, float(_value(s1, s2).max()))

@@ -98,6 +98,11 @@ class Grid:
         return self.magnitudes[0] == 0
 
     @property
+    def mids(self) -> tuple[float, ...]:
+        """Half way between neighbouring magnitudes: where a weight steps outward."""
+        return tuple((inner + outer) / 2 for inner, outer in pairwise(self.magnitudes))
+
+    @property
     def spacing(self) -> float | None:
         """How far apart neighbouring magnitudes are, where all are equally far and three or more: else None."""
         steps = {outer - inner for inner, outer in pairwise(self.magnitudes)}

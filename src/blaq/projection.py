@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blaq.bins import AddIntoBins
+from blaq.bins import PLAIN, Loops
 from blaq.exact import exact
 from blaq.grids import Grid
 from blaq.solvers import alternating, nearest, sides
 
 GRANULARITIES = ("tensor", "channel")
 SOLVERS = ("exact", "alternating")
+_BLOCK = 2**18  # entries that are written at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +98,17 @@ def solve_scale(
     grid: Grid,
     solver: str,
     start_RS: Tensor | None = None,
-    add: AddIntoBins | None = None,
+    loops: Loops = PLAIN,
 ) -> Tensor:
-    """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked; `add` as in `exact`."""
+    """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked; `loops` as in `exact`."""
     if w_RN.shape[1] == 0:
         return torch.zeros(w_RN.shape[0], grid.scales, device=w_RN.device)
     d_RN = w_RN.new_ones(()).expand_as(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)  # a single 1 in memory
     if solver == "exact":
-        return exact(w_RN, d_RN, grid, add).float()
+        return exact(w_RN, d_RN, grid, loops).float()
     starts = torch.zeros(w_RN.shape[0], grid.scales) if start_RS is None else start_RS
-    starts = torch.split(starts.to(w_RN.device).double(), 1, 1)
-    found = [alternating(u, d, grid, start) for (u, d), start in zip(sides(w_RN, d_RN, grid), starts, strict=True)]
-    return torch.cat(found, 1).float()
+    columns = zip(sides(w_RN, d_RN, grid), starts.to(w_RN.device).double().unbind(1), strict=True)
+    return torch.cat([alternating(u, d, grid, start.unsqueeze(1)) for (u, d), start in columns], 1).float()
 
 
 def nearest_levels(w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
@@ -121,6 +121,14 @@ def dequantize(levels_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     """``scale * level`` in float32: the one place where a quantized value is made."""
     levels = levels_RN.float()
     return _entry_scale(levels, scale_RS, grid) * levels
+
+
+def write_values(to_RN: Tensor, w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> None:
+    """Write the quantized values of w, some at a time: what that takes besides need not be as large as they are."""
+    rows = max(1, _BLOCK // max(1, w_RN.shape[1]))
+    for to, w, scale in zip(*(torch.split(t, rows) for t in (to_RN, w_RN, scale_RS)), strict=True):
+        for part, some in zip(torch.split(to, _BLOCK, 1), torch.split(w, _BLOCK, 1), strict=True):
+            part.copy_(dequantize(nearest_levels(some, scale, grid), scale, grid))
 
 
 def codes_of(levels_RN: Tensor, grid: Grid) -> Tensor:

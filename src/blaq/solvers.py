@@ -6,7 +6,6 @@ and fused with what comes before and after.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from blaq.grids import Grid
 MAX_ROUNDS = 10
 TOLERANCE = 1e-6  # relative move of the scale at which the alternation ends
 _BLOCK = 2**16  # entries that are added up at once
-_FEW, _SOME = 3, 7  # steps up to which thresholds are compared one by one: where rounding would do, and where not
+_FEW, _SOME = 1, 7  # steps up to which thresholds are compared one by one: where rounding would do, and where not
 
 
 def nearest(u_RN: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -28,17 +27,28 @@ def nearest(u_RN: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     if len(levels) == 1:
         return torch.ones_like(u_RN)
     scale = torch.where(scale > 0, scale, torch.inf)
-    mids = [(inner + outer) / 2 for inner, outer in pairwise(levels)]
+    mids = grid.mids
     if len(mids) <= _FEW or (grid.spacing is None and len(mids) <= _SOME):
         found = torch.full_like(u_RN, levels[0])
-        for mid, (inner, outer) in zip(mids, pairwise(levels), strict=True):
-            found = found + torch.where(u_RN >= scale * mid, float(outer - inner), 0.0)
+        for mid, outer in zip(mids, levels[1:], strict=True):
+            found = torch.where(u_RN >= scale * mid, float(outer), found)
         return found
-    if grid.spacing is not None:  # equally far apart: rounding
-        steps = (u_RN * (1 / (scale * grid.spacing)) + (0.5 if grid.has_zero else 0.0)).floor()
+    return _rounded(u_RN / scale if grid.spacing is None else u_RN * (1 / scale), grid)
+
+
+def _rounded(x_RN: Tensor, grid: Grid) -> Tensor:
+    """The magnitude of the level nearest to ``x >= 0``; a tie goes outward."""
+    levels, mids = grid.magnitudes, grid.mids
+    if grid.spacing is not None and len(mids) > _FEW:  # equally far apart: rounding
+        steps = (x_RN * (1 / grid.spacing) + (0.5 if grid.has_zero else 0.0)).floor()
         return (steps * grid.spacing + levels[0]).clamp(max=levels[-1])
-    bounds, magnitudes = (torch.tensor(values, dtype=u_RN.dtype, device=u_RN.device) for values in (mids, levels))
-    return magnitudes[torch.bucketize(u_RN / scale, bounds, right=True)]
+    if len(mids) <= _SOME:
+        found = torch.full_like(x_RN, levels[0])
+        for mid, outer in zip(mids, levels[1:], strict=True):
+            found = torch.where(x_RN >= mid, float(outer), found)
+        return found
+    bounds, magnitudes = (torch.tensor(values, dtype=x_RN.dtype, device=x_RN.device) for values in (mids, levels))
+    return magnitudes[torch.bucketize(x_RN, bounds, right=True)]
 
 
 def sides(w_RN: Tensor, d_RN: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]:
@@ -50,8 +60,11 @@ def sides(w_RN: Tensor, d_RN: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]
 
 
 def sums(u_RN: Tensor, d_RN: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """``S1 = sum d b u`` and ``S2 = sum d b^2`` for the levels nearest at a scale, (R, 1); levels in units of `_unit`."""
-    b = nearest(u_RN, scale, grid) * (1 / _unit(grid))
+    """``S1 = sum d b u`` and ``S2 = sum d b^2`` for the levels nearest at a scale, (R, 1); levels in units of `_unit`.
+
+    An entry half way between levels may go to either, as rounding has it.
+    """
+    b = _rounded(u_RN * (1 / torch.where(scale > 0, scale, torch.inf)), grid) * (1 / _unit(grid))
     db = d_RN * b
     return (db * u_RN).sum(1, keepdim=True), (db * b).sum(1, keepdim=True)
 

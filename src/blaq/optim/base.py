@@ -4,7 +4,7 @@ Here: groups, state, what the parameters hold, checkpoints. The steps are in `bl
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from blaq.optim import checkpoint, held, update
+from blaq.optim.batches import Batch
 from blaq.optim.observer import StepObserver
 from blaq.optim.options import (
     COUNTERS,
@@ -60,6 +61,7 @@ class LatentOptimizer(Optimizer):
     def _reset_transient(self) -> None:
         """What can be found again after loading: never in a checkpoint."""
         self._versions: dict[Tensor, int] = {}  # of the parameters as we wrote them: tells a write from outside
+        self._solved: dict[Tensor, tuple[Tensor, int]] = {}  # latent weights that have their scale, and their version
 
     def _check_idle(self, what: str) -> None:
         """Refuse while a step is under way: nothing may be saved or changed then."""
@@ -102,7 +104,7 @@ class LatentOptimizer(Optimizer):
         for (group, p, state), fresh in zip(written, new, strict=True):
             state.update({key: fresh[key] for key in ("latent", "scale", "trial_grad", "trial_step") if key in fresh})
             if group["grid"] is not None:
-                self._hold(p, held.held_values(state["latent"], state["scale"], group))
+                self._hold_latent(p, state, group)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -122,7 +124,7 @@ class LatentOptimizer(Optimizer):
             t = int(state["step"])
             d = update.curvature(state["exp_avg_sq"], update.Rates.of(group, t)) if t else None
             state["scale"] = held.exact_scale(state["latent"], d, len(state["scale"]), group)
-            self._hold(p, held.held_values(state["latent"], state["scale"], group))
+            self._hold_latent(p, state, group)
         self._set_all(evaluating=True)
 
     @torch.no_grad()
@@ -220,7 +222,7 @@ class LatentOptimizer(Optimizer):
             if self.trial != "past" or evaluating:
                 for group, p, state in self._parameters():
                     if group["grid"] is not None:
-                        self._hold(p, held.held_values(state["latent"], state["scale"], group))
+                        self._hold_latent(p, state, group)
                     elif evaluating:
                         self._hold(p, state["latent"])
 
@@ -265,15 +267,27 @@ class LatentOptimizer(Optimizer):
         for p, (state, group) in new.items():
             self.state[p] = state
             if group["grid"] is not None:
-                self._hold(p, held.held_values(state["latent"], state["scale"], group))
+                self._hold_latent(p, state, group)
+
+    def _hold_latent(self, p: Tensor, state: held.State, group: Group) -> None:
+        held.hold(p, state, group)
+        self._versions[p] = p._version
 
     def _hold(self, p: Tensor, values: Tensor) -> None:
         p.copy_(values)
         self._versions[p] = p._version
 
-    def _has_written(self, parameters: Iterable[Tensor]) -> None:
-        for p in parameters:
+    def _has_written(self, batch: Batch) -> None:
+        for p, state in zip(batch.parameters, batch.states, strict=True):
             self._versions[p] = p._version
+            if batch.how is not None:
+                self._solved[p] = state["latent"], state["latent"]._version
+
+    def _proof(self, p: Tensor, state: held.State) -> Tensor | None:
+        """What is finite if and only if the latent weight is: its scale, which all of it went into; else itself."""
+        latent: Tensor | None = state.get("latent")
+        known, version = self._solved.get(p, (None, 0))
+        return state["scale"] if latent is not None and known is latent and latent._version == version else latent
 
     @property
     def _fast(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import ParamsT
 
-from blaq.optim import held, steps
+from blaq.optim import steps
 from blaq.optim.base import LatentOptimizer
 from blaq.optim.batches import batches
 from blaq.optim.finite import Entry, all_usable, refuse_sparse
@@ -206,7 +206,7 @@ class BLAQ(LatentOptimizer):
         self._tell_observers(None)
         for batch in batches(self._with_gradients(), self._fast):
             steps.one_gradient(batch, self.trial)
-            self._has_written(batch.parameters)
+            self._has_written(batch)
         self._count(1)
 
     # --- its two halves -----------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ class BLAQ(LatentOptimizer):
                 if p in pending.floats:
                     p.copy_(pending.floats[p])
                 elif p in pending.gradients:
-                    self._hold(p, held.held_values(state["latent"], state["scale"], group))
+                    self._hold_latent(p, state, group)
         if before is not None:
             before.restore()
         elif pending is not None:
@@ -303,7 +303,7 @@ class BLAQ(LatentOptimizer):
                 pending.floats.update((p, p.clone()) for p in batch.parameters)
             scales = steps.to_trial_point(batch)
             pending.scales.update(zip(batch.parameters, scales, strict=False))  # none without a grid
-            self._has_written(batch.parameters)
+            self._has_written(batch)
         for p in pending.gradients:
             p.grad = None  # it is kept; what comes next is the gradient at the trial point
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
@@ -323,7 +323,7 @@ class BLAQ(LatentOptimizer):
         for batch in batches(self._with_gradients(), self._fast):
             first = [pending.gradients[p] for p in batch.parameters]
             steps.two_gradients(batch, first, batch.gradients)
-            self._has_written(batch.parameters)
+            self._has_written(batch)
         self._count(2)
 
     # --- what the parameters hold -------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ class BLAQ(LatentOptimizer):
 
     def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
-        entries = [Entry(p, grad, state.get("latent")) for _, p, grad, state in self._with_gradients()]
+        entries = [Entry(p, grad, self._proof(p, state)) for _, p, grad, state in self._with_gradients()]
         refuse_sparse(self._owner, entries, self._name)
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler.step() sets it around its call
         if scaler is not None:

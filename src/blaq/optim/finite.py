@@ -9,7 +9,9 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Entry:
-    """What a parameter brings into a step: itself, its gradient, and its latent weight where it has one."""
+    """What a parameter brings into a step: itself, its gradient, and its latent weight where it has one, or what is finite
+    if that is.
+    """
 
     p: Tensor
     grad: Tensor

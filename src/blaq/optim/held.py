@@ -12,12 +12,18 @@ from torch import Tensor
 from blaq.grids import Grid
 from blaq.optim.options import REMEMBERING
 from blaq.optim.update import Group
-from blaq.projection import check_finite, codes_of, dequantize, in_rows, nearest_levels, row_shape, solve_scale, widen
+from blaq.projection import (
+    check_finite,
+    codes_of,
+    in_rows,
+    nearest_levels,
+    row_shape,
+    solve_scale,
+    widen,
+    write_values,
+)
 
 State = dict[str, Any]
-_BLOCK = (
-    2**20
-)  # entries whose values are made at once: what that takes besides the values need not be as large as they are
 
 
 def initial_state(p: Tensor, name: str, group: Group) -> State:
@@ -80,11 +86,18 @@ def held_values(w: Tensor, scale: Tensor, group: Group) -> Tensor:
     grid = Grid.parse(group["grid"])
     w_RN = in_rows(w, _rows(w, scale))
     values_RN = torch.empty_like(w_RN, dtype=torch.float32)
-    rows = max(1, _BLOCK // max(1, w_RN.shape[1]))
-    for block, its_scale, values in zip(*(torch.split(t, rows) for t in (w_RN, scale, values_RN)), strict=True):
-        for some, to in zip(torch.split(block, _BLOCK, 1), torch.split(values, _BLOCK, 1), strict=True):
-            to.copy_(dequantize(nearest_levels(some, its_scale, grid), its_scale, grid))
+    write_values(values_RN, w_RN, scale, grid)
     return values_RN.view(w.shape)
+
+
+def hold(p: Tensor, state: State, group: Group) -> None:
+    """Let a parameter hold the quantized values of its latent weight."""
+    w, scale = state["latent"], state["scale"]
+    if p.is_contiguous():
+        rows = _rows(w, scale)
+        write_values(p.view(rows), in_rows(w, rows), scale, Grid.parse(group["grid"]))
+    else:
+        p.copy_(held_values(w, scale, group))
 
 
 def held_codes(p: Tensor, scale: Tensor, group: Group) -> Tensor:

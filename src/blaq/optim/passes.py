@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from blaq.bins import add_into_bins
+from blaq.bins import PLAIN, Loops, add_into_bins, mark
 from blaq.grids import Grid
 from blaq.optim import update
 from blaq.optim.update import Rates
-from blaq.projection import dequantize, nearest_levels, solve_scale
+from blaq.projection import dequantize, nearest_levels, solve_scale, write_values
 from blaq.solvers import follow, sides
 
 # Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
@@ -52,11 +52,12 @@ def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float 
 
 
 def forward(
-    w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How
-) -> tuple[Tensor, Tensor]:
-    """The trial point w*; its scale, or the metric d."""
+    to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How
+) -> Tensor:
+    """Write the trial point w* into a tensor: its scale, or the metric d."""
     w_trial, d = update.forward(w, m, v, g, r)
-    return w_trial, _scale_or_metric(w_trial, d, scale, aside, how)
+    to.copy_(w_trial)
+    return _scale_or_metric(w_trial, d, scale, aside, how)
 
 
 def backtrack(
@@ -84,7 +85,7 @@ def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     if how.follows:
         return found
     d = None if how.curvature == "unit" else found
-    return solve_scale(w, d, how.grid, "exact", add=_add_into_bins if fast and _Compiler.usable() else None)
+    return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and _Compiler.usable() else PLAIN)
 
 
 def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor, how: How) -> Tensor:
@@ -117,15 +118,21 @@ def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None
     """`write`, compiled where `fast` and where it can be."""
     if fast and _Compiler.usable():
         how = How(how.grid, False, "adam")  # the rest makes no difference here
-        _Compiler.call((write, how, None, "row"), (p, w, scale), lambda: write(p, w, scale, how))
+        _Compiler.call((write, how, None, "row"), (p, w, scale), lambda: write_values(p, w, scale, how.grid))
         increment_version(p)  # the alias that was written to has a count of its own
     else:
-        write(p, w, scale, how)
+        write_values(p, w, scale, how.grid)
 
 
 def _add_into_bins(*tensors: Tensor) -> None:
-    """`add_into_bins`, compiled where it can be."""
     _Compiler.call((add_into_bins, None, None, "bins"), tensors, lambda: add_into_bins(*tensors))
+
+
+def _mark(*tensors: Tensor) -> None:
+    _Compiler.call((mark, None, None, "row"), tensors, lambda: mark(*tensors))
+
+
+_LOOPS = Loops(_add_into_bins, _mark, chunk=2**22, intervals=2, fill=True)  # chunks: a flag an entry takes memory
 
 
 class _Compiler:

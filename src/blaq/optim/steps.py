@@ -75,8 +75,9 @@ def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Ten
     if batch.how is None:
         batch.put_new(update.forward(w, m, v, g, r)[0], batch.parameters)
         return []
-    tensors = (w, m, v, g, batch.scales())
-    w_trial, found = passes.run(passes.forward, tensors, r, look_aside(batch.t), batch.how, batch.fast)
+    w_trial = _room(batch, w)
+    tensors = (w_trial, w, m, v, g, batch.scales())
+    found = passes.run(passes.forward, tensors, r, look_aside(batch.t), batch.how, batch.fast)
     scale = passes.solve(w_trial, found, batch.how, batch.fast)
     _write_values(batch, w_trial, scale)
     return list(torch.split(scale, batch.rows))
@@ -105,7 +106,14 @@ def _write(batch: Batch, w: Tensor, scale: Tensor) -> None:
 
 def _write_values(batch: Batch, w: Tensor, scale: Tensor) -> None:
     assert batch.how is not None
-    alone = len(batch.parameters) == 1
-    p = batch.take(batch.parameters) if alone else torch.empty_like(w, dtype=batch.parameters[0].dtype)
+    p = _room(batch, w, batch.parameters[0].dtype)
     passes.run_write(p, w, scale, batch.how, batch.fast)
     batch.put(p, batch.parameters)
+
+
+def _room(batch: Batch, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Where to write what the parameters shall hold: the memory of a single one itself, if it can be read as such a matrix."""
+    single = batch.parameters[0]
+    if len(batch.parameters) == 1 and single.dtype == (dtype or like.dtype):
+        return batch.take([single])
+    return torch.empty_like(like, dtype=dtype)
