@@ -237,6 +237,8 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
     if compared and row.loops.fill:
         limits_I2 = torch.nn.functional.pad(limits_I2, (0, 0, 0, row.loops.intervals - len(edges)), value=torch.inf)
     takes = torch.tensor([side != 1, side != 0], dtype=row.dtype, device=row.w.device)
+    if not compared:
+        row = row._replace(loops=PLAIN)
     found = [(row.w[:0].double(), row.w[:0].double())]
     for w, d in row.chunks() if len(edges) else ():
         flags = torch.empty_like(w, dtype=torch.uint8)

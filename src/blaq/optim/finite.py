@@ -53,10 +53,9 @@ def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], 
 
 
 def _too_large(tensors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """The parameters of tensors whose norm is not finite: it adds up squares, as the moment does. One synchronisation."""
-    finite = [
-        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).isfinite() for _, t in tensors
-    ]
+    """The parameters of tensors whose norm, squared, is not finite: the moment adds up squares. One synchronisation."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for _, t in tensors]
+    finite = [square.isfinite() for square in torch._foreach_mul(norms, norms)] if norms else []
     if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
         return []
     return [p for (p, _), good in zip(tensors, finite, strict=True) if not good]

@@ -80,6 +80,11 @@ def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
     p.copy_(dequantize(nearest_levels(w, scale, how.grid), scale, how.grid))
 
 
+def write_over(w: Tensor, scale: Tensor, how: How) -> None:
+    """`write`, where w itself is to hold its quantized values: a compiler must not be told the same memory twice."""
+    write(w, w, scale, how)
+
+
 def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     """The scale, float32 (R, S), from what a pass returned."""
     if how.follows:
@@ -115,10 +120,11 @@ def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, asi
 
 
 def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
-    """`write`, compiled where `fast` and where it can be."""
+    """`write`, compiled where `fast` and where it can be; w may be p itself."""
     if fast and _Compiler.usable():
         how = How(how.grid, False, "adam")  # the rest makes no difference here
-        _Compiler.call((write, how, None, "row"), (p, w, scale), lambda: write_values(p, w, scale, how.grid))
+        function, tensors = (write_over, (p, scale)) if p.data_ptr() == w.data_ptr() else (write, (p, w, scale))
+        _Compiler.call((function, how, None, "row"), tensors, lambda: write_values(p, w, scale, how.grid))
         increment_version(p)  # the alias that was written to has a count of its own
     else:
         write_values(p, w, scale, how.grid)
