@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--grids", nargs="*", default=GRIDS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--name", default="solvers", help="of the files below --out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     recipe = load_recipe(options.recipe, options.set)
@@ -141,9 +142,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out:
         settings = [options.recipe, *(f"--set {text}" for text in options.set), f"--seeds {options.seeds}"]
         settings += ["--grids", *options.grids] if options.grids != GRIDS else []
+        settings += ["--name", options.name] if options.name != "solvers" else []
         found = versions("python", "torch", "blaq")
         report = {"settings": " ".join(settings), "title": recipe.title, "versions": found, "rows": rows}
-        write(options.out, "solvers", report, page(report))
+        write(options.out, options.name, report, page(report))
 
 
 def page(report: dict[str, Any]) -> list[str]:

@@ -61,7 +61,7 @@ def test_conv_net_by_default() -> None:
             "param_names": ["conv1.weight", "conv2.weight", "fc.weight"],
             "grid": "ternary",
             "granularity": "tensor",
-            "solver": "exact",
+            "solver": "alternating",
             "notes": ["", "", ""],
         },
         {
@@ -69,7 +69,7 @@ def test_conv_net_by_default() -> None:
             "param_names": ["conv1.bias", "bn1.weight", "bn1.bias", "fc.bias"],
             "grid": None,
             "granularity": "tensor",
-            "solver": "exact",
+            "solver": "alternating",
             "notes": ["bias", "normalisation", "normalisation", "bias"],
         },
     ]
@@ -171,12 +171,12 @@ def test_vectors_are_no_layer_weights() -> None:
 
 
 def test_one_group_for_each_scheme_float_last() -> None:
-    rules = {"conv1": None, "conv2": {"granularity": "channel"}, "fc": {"bits": "log3", "solver": "alternating"}}
+    rules = {"conv1": None, "conv2": {"granularity": "channel"}, "fc": {"bits": "log3", "solver": "exact"}}
     groups = param_groups(ConvNet(), 1, rules=rules)
     assert [(g["grid"], g["granularity"], g["solver"], g["param_names"]) for g in groups] == [
-        ("binary", "channel", "exact", ["conv2.weight"]),
-        ("log3", "tensor", "alternating", ["fc.weight"]),
-        (None, "tensor", "exact", ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", "fc.bias"]),
+        ("binary", "channel", "alternating", ["conv2.weight"]),
+        ("log3", "tensor", "exact", ["fc.weight"]),
+        (None, "tensor", "alternating", ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", "fc.bias"]),
     ]
     assert notes(groups)["conv1.weight"] == notes(groups)["conv1.bias"] == "rule 'conv1'"
     same = param_groups(ConvNet(), 1, rules={"conv1": "binary", "fc": {"bits": Grid.parse(1)}})

@@ -21,7 +21,7 @@ FORMAT = 1  # of the state that a checkpoint holds
 GROUP_DEFAULTS: dict[str, Any] = {
     "grid": None,
     "granularity": "tensor",
-    "solver": "exact",
+    "solver": "alternating",
     "steps": 0,
     "gradient_evaluations": 0,
     "evaluating": False,

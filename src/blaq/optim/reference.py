@@ -192,7 +192,7 @@ class Parameter:
     levels: Levels | None = None  # None: the parameter stays float
     row_size: int | None = None  # weights that share a scale, consecutive; None: all of them
     two_scales: bool = False
-    solver: str = "exact"
+    solver: str = "alternating"
 
     latent: list[float] = field(init=False)
     exp_avg: list[float] = field(init=False)

@@ -81,8 +81,8 @@ class OptimConfig:
     granularity: Granularity = "tensor"
     """Which weights share a scale: ``tensor``, ``channel`` (dimension 0), or a group size of at least 1."""
 
-    solver: Solver = "exact"
-    """How the projection is solved: exactly, or by the papers' alternation."""
+    solver: Solver = "alternating"
+    """How a step finds the scale: from the last one (``alternating``, begun by one exact solve), or solved anew (``exact``)."""
 
     rules: Mapping[str, int | str | RuleConfig] = field(default_factory=dict)
     """Exceptions: a glob of parameter or module names = a grid, ``float``, or a table; the first match wins."""
