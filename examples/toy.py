@@ -64,7 +64,7 @@ class Walk:
 def walk(a: float) -> Walk:
     """Down the valley; a = 1 is LAQ."""
     w = torch.nn.Parameter(torch.tensor([START_2D]))
-    groups = [{"params": [w], "param_names": ["w"], "grid": GRID}]
+    groups = [{"params": [w], "param_names": ["w"], "grid": GRID, "solver": "exact"}]
     opt = blaq.LAQ(groups, LR, BETAS) if a == 1 else blaq.BLAQ(groups, LR, BETAS, a=a)
     zigzag = ZigZag(opt)
     H, minimum = hessian(), torch.tensor(MINIMUM)

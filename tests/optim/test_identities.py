@@ -115,7 +115,7 @@ def test_a_0_is_the_extragradient_step(levels: list[int], beta1: float) -> None:
 
     p = nn.Parameter(start.clone())
     grid = {2: "binary", 3: "ternary", 7: "linear3"}[len(levels)]
-    opt = blaq.BLAQ([{"params": [p], "grid": grid}], lr=lr, betas=(beta1, beta2), eps=eps, a=0.0)
+    opt = blaq.BLAQ([{"params": [p], "grid": grid, "solver": "exact"}], lr=lr, betas=(beta1, beta2), eps=eps, a=0.0)
     w, m, v, d = start.clone(), torch.zeros_like(start), torch.zeros_like(start), torch.ones_like(start)
     for t in range(1, 16):
         held = projected(w, d, levels)
@@ -136,7 +136,8 @@ def test_constant_curvature_is_nearest_level_training(levels: list[int], granula
     generator = torch.Generator().manual_seed(1)
     start, slope, target = (torch.randn(4, 6, dtype=torch.float64, generator=generator) for _ in range(3))
     p = nn.Parameter(start.clone())
-    opt = blaq.LAQ([{"params": [p], "grid": len(levels) - 1, "granularity": granularity}], **PLAIN)
+    group = {"params": [p], "grid": len(levels) - 1, "granularity": granularity, "solver": "exact"}
+    opt = blaq.LAQ([group], **PLAIN)
 
     def nearest(w: Tensor) -> Tensor:
         size = w.abs()

@@ -385,7 +385,7 @@ def test_the_stated_schedules() -> None:
 
 
 def test_what_is_shipped() -> None:
-    assert set(FULL) == {*PAPERS, "cifar10-resnet20", "cifar10-resnet56", "demo"}
+    assert set(FULL) == {*PAPERS, "cifar10-lenet5", "cifar10-resnet20", "cifar10-resnet56", "demo"}
     assert set(NAMES) - set(FULL) == {f"{name}-quick" for name in FULL if name != "demo"}
     assert len({load_recipe(name).title for name in NAMES}) == len(NAMES)
 
