@@ -157,8 +157,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    tables = []
+    tables: list[dict[str, Any]] = []
     before = torch.get_num_threads()
+
+    def add(part: dict[str, Any]) -> None:
+        """Written after every table: a long run that is stopped leaves what it has."""
+        tables.append(part)
+        if options.out:
+            setting = {"versions": versions("python", "torch", "blaq"), "machine": processor(), "pairs": options.pairs}
+            write({**setting, "tables": tables}, options.out)
+
     for threads in options.threads:
         torch.set_num_threads(threads)
         for weights in options.weights:
@@ -168,14 +176,11 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.append(row)
                 print(line(row), flush=True)
             over_plain(rows)
-            tables.append({"weights": weights, "threads": threads, "peer": "fused", "rows": rows})
+            add({"weights": weights, "threads": threads, "peer": "fused", "rows": rows})
         row = many_tensors(options.pairs)
         print(f"ResNet-56, {threads} threads, over AdamW(foreach=True)\n{line(row)}", flush=True)
-        tables.append({"weights": "ResNet-56", "threads": threads, "peer": "foreach", "rows": [row]})
+        add({"weights": "ResNet-56", "threads": threads, "peer": "foreach", "rows": [row]})
     torch.set_num_threads(before)
-    if options.out:
-        setting = {"versions": versions("python", "torch", "blaq"), "machine": processor(), "pairs": options.pairs}
-        write({**setting, "tables": tables}, options.out)
 
 
 def line(row: dict[str, Any]) -> str:
