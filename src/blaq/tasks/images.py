@@ -118,8 +118,11 @@ def folder_parts(folder: Path) -> dict[str, Part]:
 def hub_parts(name: str) -> dict[str, Part]:
     """The splits of a data set of the Hugging Face hub, downloaded by `datasets` to its own cache at the first call.
 
+    Later calls ask the hub for a newer version and, after half a minute without an answer, take the cache; with
+    HF_HUB_OFFLINE=1 in the environment they take it at once.
+
     Raises:
-        ValueError: `datasets` is not installed, or cannot deliver this name: no network, no such name, no permission.
+        ValueError: `datasets` is not installed, or cannot deliver this name: no network, no such name, no permission, a damaged file.
     """
     folder = name.rpartition("/")[2]
     way_out = (
@@ -128,6 +131,7 @@ def hub_parts(name: str) -> dict[str, Part]:
     )
     try:
         import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
         raise ValueError(
             f"load_dataset(source={name!r}): expected the `datasets` package for names of the hub; "
@@ -136,9 +140,14 @@ def hub_parts(name: str) -> dict[str, Part]:
     try:
         splits = datasets.load_dataset(name, _HUB_CONFIGS.get(name), keep_in_memory=False)
     except Exception as error:  # the hub, the network and the builders each raise their own kinds
+        cause: BaseException = error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):  # hides what it was: a full disk, a bad file
+            cause = error.__cause__ or error
+            download = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+            way_out = f"If a file was damaged on its way, delete {str(download)!r} to fetch it again. {way_out}"
         raise ValueError(
             f"load_dataset(source={name!r}): expected an existing path, or a name that the Hugging Face hub delivers, "
-            f"but: {str(error).rstrip('.')}. {way_out}"
+            f"but: {' '.join(str(cause).split()).rstrip('.')}. {way_out}"
         ) from error
     if {"train", "extra"} <= set(splits):
         splits["train"] = datasets.concatenate_datasets([splits["train"], splits.pop("extra")])
