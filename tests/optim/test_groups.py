@@ -486,7 +486,11 @@ def test_errors_name_the_way_out(build: Any, arguments: dict[str, Any], message:
 
 def test_the_remedy_for_group_sizes_works() -> None:
     rules = {"conv1.weight": {"bits": "ternary", "granularity": "channel"}}
-    assert schemes(param_groups(ConvNet(), 2, granularity=4, rules=rules))["conv2.weight"] == ("ternary", 4, "alternating")
+    assert schemes(param_groups(ConvNet(), 2, granularity=4, rules=rules))["conv2.weight"] == (
+        "ternary",
+        4,
+        "alternating",
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")

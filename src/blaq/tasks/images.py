@@ -122,7 +122,8 @@ def hub_parts(name: str) -> dict[str, Part]:
     HF_HUB_OFFLINE=1 in the environment they take it at once.
 
     Raises:
-        ValueError: `datasets` is not installed, or cannot deliver this name: no network, no such name, no permission, a damaged file.
+        ValueError: `datasets` is not installed, or cannot deliver this name: no network, no such name, no permission, a
+            damaged file.
     """
     folder = name.rpartition("/")[2]
     way_out = (
