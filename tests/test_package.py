@@ -23,9 +23,10 @@ RESULTS = {"MemoryReport", "Plan", "Quantized"}  # results of functions whose ex
 MAY_IMPORT: dict[str, set[str]] = {
     "grids": set(),
     "solvers": {"grids"},
-    "exact": {"grids", "solvers"},
-    "projection": {"grids", "solvers", "exact"},
-    "optim": {"grids", "solvers", "exact", "projection"},
+    "bins": {"grids"},
+    "exact": {"grids", "solvers", "bins"},
+    "projection": {"grids", "solvers", "bins", "exact"},
+    "optim": {"grids", "solvers", "bins", "exact", "projection"},
     "tasks": set(),
     "zigzag": {"grids", "projection", "optim"},
     "train": {"grids", "projection", "optim", "tasks", "zigzag", "__init__"},
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {"grids", "projection", "optim"},  # and "export" on first use of its names
 }
-TORCH_ALONE = ("grids", "solvers", "exact", "projection", "optim", "zigzag", "__init__")
+TORCH_ALONE = ("grids", "solvers", "bins", "exact", "projection", "optim", "zigzag", "__init__")
 
 
 def module_name(path: Path) -> str:

@@ -168,3 +168,29 @@ def test_a_forward_pass_outside_the_closure_gives_a_hint(
         task.opt.step(closure)
     assert_identical(before, task.everything())
     assert any("must compute the forward pass each time" in note for note in getattr(error.value, "__notes__", []))
+
+
+def test_a_single_gradient_that_is_too_large_to_square_is_an_error() -> None:
+    """A norm of one entry is that entry: finite, where its square is not."""
+    p = nn.Parameter(torch.ones(1))
+    opt = blaq.LAQ([{"params": [p], "grid": "binary", "param_names": ["p"]}])
+    p.grad = torch.full((1,), 1e30)
+    with pytest.raises(ValueError, match="the gradient of 'p' is NaN, Inf or too large"):
+        opt.step()
+    assert float(opt.state[p]["step"]) == 0
+
+
+@pytest.mark.parametrize("solver", ["exact", "alternating"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_latent_weights_spoiled_between_steps_are_an_error(solver: str, bad: float) -> None:
+    """They are not read at every step, but where someone wrote to them since the last."""
+    p = nn.Parameter(torch.linspace(-1, 1, 12))
+    opt = blaq.LAQ([{"params": [p], "grid": "ternary2", "solver": solver, "param_names": ["p"]}])
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    before = p.detach().clone()
+    opt.state[p]["latent"][3] = bad
+    with pytest.raises(ValueError, match="the latent weight of 'p' is NaN, Inf"):
+        opt.step()
+    assert torch.equal(p, before)

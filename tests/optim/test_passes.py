@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import blaq
+from blaq.bins import PLAIN
+from blaq.exact import exact
 from blaq.optim import batches, passes
 
 
@@ -93,6 +95,20 @@ def test_compiled_equals_uncompiled(settings: dict[str, Any]) -> None:
     assert not passes._Compiler.broken
     # The last digit may differ, as compilers add up in another order: levels at a threshold then are the exception.
     assert_close(plain, compiled, rtol=2e-4)
+
+
+@pytest.mark.usefixtures("working_compiler")
+@pytest.mark.parametrize("grid", ["ternary", "ternary2", "linear4"])
+def test_the_exact_solver_is_the_same_with_compiled_loops(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a row is seen in chunks that do not divide it."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1, 100_003, generator=generator)
+    d = torch.rand(1, 100_003, generator=generator) + 0.01
+    for chunk in (2**20, 2**14):
+        loops = passes._LOOPS._replace(chunk=chunk)
+        found, expected = (exact(w, d, blaq.Grid.parse(grid), of) for of in (loops, PLAIN))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert not passes._Compiler.broken
 
 
 def test_without_a_compiler_steps_run_uncompiled_with_one_line_in_the_log(
