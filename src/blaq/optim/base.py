@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from blaq.optim import checkpoint, held, update
+from blaq.optim import checkpoint, compiled, held, update
 from blaq.optim.batches import Batch
 from blaq.optim.observer import StepObserver
 from blaq.optim.options import (
@@ -26,7 +26,6 @@ from blaq.optim.options import (
     check_trial_every,
     parameter_name,
 )
-from blaq.optim.passes import COMPILED_FROM
 from blaq.optim.update import Group
 
 
@@ -295,7 +294,7 @@ class LatentOptimizer(Optimizer):
         if self.compile is not None:
             return bool(self.compile)
         weights = sum(p.numel() for group in self.param_groups if group["grid"] is not None for p in group["params"])
-        return int(weights) >= COMPILED_FROM
+        return int(weights) >= compiled.COMPILED_FROM
 
     def _scale_held(self, p: Tensor) -> Tensor:
         """The scale of what p holds now."""

@@ -5,9 +5,6 @@ memory twice a step: once to advance moments and latent weights and to add up wh
 """
 
 import functools
-import logging
-import types
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,24 +14,18 @@ from torch.autograd.graph import increment_version
 
 from blaq.bins import PLAIN, Loops, add_into_bins, mark
 from blaq.grids import Grid
-from blaq.optim import update
+from blaq.optim import compiled, update
 from blaq.optim.update import Rates
 from blaq.projection import dequantize, nearest_levels, solve_scale, write_values
 from blaq.solvers import follow, sides
 
-# Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
-COMPILED_FROM = 2**18
 # What the compiler is told, by what a pass goes over.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "row": {},
-    # Rows that are added up on their own are loops of their own: better to compute an entry twice than to store it between.
-    "rows": {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000},
+_OPTIONS: dict[str, compiled.Options] = {
+    "row": (),
+    "rows": (),
     # One addition after the other: faster than atomic ones on few threads, and the same in every run.
-    "bins": {"cpp.threads": 1},
+    "bins": (("cpp.threads", 1),),
 }
-_COMPILERS = (2, 13)  # torch from which compiled sums are as exact as those of torch itself
-
-_log = logging.getLogger("blaq")
 
 
 class How(NamedTuple):
@@ -90,7 +81,7 @@ def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     if how.follows:
         return found
     d = None if how.curvature == "unit" else found
-    return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and _Compiler.usable() else PLAIN)
+    return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and compiled.usable() else PLAIN)
 
 
 def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor, how: How) -> Tensor:
@@ -109,88 +100,62 @@ def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor,
 
 def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How, fast: bool) -> Any:
     """A pass over tensors, compiled where `fast` and where it can be."""
-    if not fast or not _Compiler.usable():
+    if not fast or not compiled.usable():
         return function(*tensors, aside, r, how)
-    like = tensors[0]
-    given = [value for value in (aside, *r) if value is not None]
-    numbers = torch.tensor(given, dtype=like.dtype, device=like.device)
-    absent = tuple(value is None for value in (aside, *r))
-    key = (function, how, absent, "rows" if tensors[-1].shape[0] > 1 else "row")
-    return _Compiler.call(key, (*tensors, numbers), lambda: function(*tensors, aside, r, how))
+    told = (aside, *r)
+    given = [value for value in told if value is not None]
+    numbers = torch.tensor(given, dtype=tensors[0].dtype, device=tensors[0].device)
+    over = "rows" if tensors[-1].shape[0] > 1 else "row"
+    with_numbers = _with_numbers(function, how, tuple(value is None for value in told), over)
+    return compiled.call(with_numbers, (*tensors, numbers), lambda: function(*tensors, aside, r, how), _OPTIONS[over])
 
 
 def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
     """`write`, compiled where `fast` and where it can be; w may be p itself."""
-    if fast and _Compiler.usable():
+    if fast and compiled.usable():
         how = How(how.grid, False, "adam")  # the rest makes no difference here
         function, tensors = (write_over, (p, scale)) if p.data_ptr() == w.data_ptr() else (write, (p, w, scale))
-        _Compiler.call((function, how, None, "row"), tensors, lambda: write_values(p, w, scale, how.grid))
+        compiled.call(_with_how(function, how), tensors, lambda: write_values(p, w, scale, how.grid))
         increment_version(p)  # the alias that was written to has a count of its own
     else:
         write_values(p, w, scale, how.grid)
 
 
 def _add_into_bins(*tensors: Tensor) -> None:
-    _Compiler.call((add_into_bins, None, None, "bins"), tensors, lambda: add_into_bins(*tensors))
+    compiled.call(add_into_bins, tensors, lambda: add_into_bins(*tensors), _OPTIONS["bins"])
 
 
 def _mark(*tensors: Tensor) -> None:
-    _Compiler.call((mark, None, None, "row"), tensors, lambda: mark(*tensors))
+    compiled.call(mark, tensors, lambda: mark(*tensors))
 
 
 _LOOPS = Loops(_add_into_bins, _mark, chunk=2**22, intervals=2, fill=True)  # chunks: a flag an entry takes memory
 
 
-class _Compiler:
-    """torch.compile, once for a pass and how it is used; given up, with a line in the log, where it does not work."""
+@functools.cache
+def _with_how(function: Callable[..., Any], how: How) -> Callable[..., Any]:
+    def with_how(*tensors: Tensor) -> Any:
+        return function(*tensors, how)
 
-    broken = False
-
-    @classmethod
-    def usable(cls) -> bool:
-        return not cls.broken and not torch.compiler.is_compiling()
-
-    @classmethod
-    def call(
-        cls,
-        key: tuple[Callable[..., Any], How | None, tuple[bool, ...] | None, str],
-        tensors: tuple[Tensor, ...],
-        plain: Callable[[], Any],
-    ) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the compiler about torch's own code
-                return _compiled(*key)(*map(_alias, tensors))
-        except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
-            cls.broken = True
-            _log.warning(
-                "torch.compile does not work here, steps run uncompiled (slower): %s", " ".join(str(error).split()[:40])
-            )
-            return plain()
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory, as no view of anything: the compiler looks at what a view is of, and compiles anew for other shapes."""
-    memory = tensor.untyped_storage()
-    return tensor.new_empty(0).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return compiled.own_code(with_how)
 
 
 @functools.cache
-def _compiled(
-    function: Callable[..., Any], how: How | None, absent: tuple[bool, ...] | None, over: str
-) -> Callable[..., Any]:
+def _with_numbers(function: Callable[..., Any], how: How, absent: tuple[bool, ...], over: str) -> Callable[..., Any]:
     """The pass with its numbers in one tensor, the last argument; those absent are None."""
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _COMPILERS:
-        raise RuntimeError(f"torch {torch.__version__} is older than {'.'.join(map(str, _COMPILERS))}")
 
     def with_numbers(*arguments: Tensor) -> Any:
-        if absent is None:
-            return function(*arguments, how) if how is not None else function(*arguments)
         *tensors, numbers = arguments
-        values = iter(numbers.unbind())
+        values = iter(_told_to_rows(numbers, tensors[-1]) if over == "rows" else numbers.unbind())
         aside, *rates = [None if missing else next(values) for missing in absent]
         return function(*tensors, aside, Rates(*rates), how)  # type: ignore[arg-type]
 
-    # torch.compile keeps what it compiled with the code object, and only some of it: each pass has one of its own.
-    own = types.FunctionType(with_numbers.__code__.replace(), globals(), closure=with_numbers.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS[over])
+    return compiled.own_code(with_numbers)
+
+
+def _told_to_rows(numbers: Tensor, scale: Tensor) -> list[Tensor]:
+    """The numbers once a row, (R, 1): else the compiler sees one flat loop in the update and one over rows in the sums, which
+    it does not join, and computes every entry twice.
+    """
+    one = scale[:, :1].clamp(1.0, 1.0).to(numbers.dtype)
+    return [number * one for number in numbers.unbind()]
