@@ -59,12 +59,18 @@ def sides(w_RN: Tensor, d_RN: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]
     return [(torch.where(side, w_RN.abs(), 0.0), torch.where(side, d_RN, 0.0)) for side in (below, ~below)]
 
 
-def sums(u_RN: Tensor, d_RN: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """``S1 = sum d b u`` and ``S2 = sum d b^2`` for the levels nearest at a scale, (R, 1); levels in units of `_unit`.
+def inverse(scale: Tensor) -> Tensor:
+    """One over a scale; 0 where it is 0, as the weights are."""
+    return 1 / torch.where(scale > 0, scale, torch.inf)
+
+
+def sums(u_RN: Tensor, d_RN: Tensor, inverse: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """``S1 = sum d b u`` and ``S2 = sum d b^2`` for the levels nearest at a scale, told by its `inverse`, (R, 1); levels in
+    units of `_unit`.
 
     An entry half way between levels may go to either, as rounding has it.
     """
-    b = _rounded(u_RN * (1 / torch.where(scale > 0, scale, torch.inf)), grid) * (1 / _unit(grid))
+    b = _rounded(u_RN * inverse, grid) * (1 / _unit(grid))
     db = d_RN * b
     return (db * u_RN).sum(1, keepdim=True), (db * b).sum(1, keepdim=True)
 
@@ -90,7 +96,7 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
     moving = largest > 0
     scale = torch.where(moving, scale, 0.0)
     for _ in range(MAX_ROUNDS):
-        both = add_up(lambda u, d, s: torch.cat(sums(u, d, s, grid), 1), u_RN, d_RN, scale.expand_as(u_RN))
+        both = add_up(lambda u, d, s: torch.cat(sums(u, d, s, grid), 1), u_RN, d_RN, inverse(scale).expand_as(u_RN))
         new = torch.where(moving, best_scale(both[:, :1], both[:, 1:], largest, grid), scale)
         moving = (new - scale).abs() > TOLERANCE * scale
         scale = new
@@ -99,23 +105,38 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
     return scale
 
 
-def follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, last_R1: Tensor, aside: float | Tensor) -> Tensor:
-    """The scale of the next step of training, from the last one: one alternation from the better of two scales.
+def looks(scale_RS: Tensor, grid: Grid, aside: float) -> Tensor:
+    """Where `follow` looks: the inverse of the last scales, and of those beside them, ``1 + aside`` times as large, (R, LS).
 
-    Looks at the last scale and at another, ``1 + aside`` times it, takes the levels with the larger S1^2/S2, and the scale
-    that is best for them. The more levels, the less an alternation moves from where it is; ternary grids need no other.
+    The more levels, the less an alternation moves from where it is; ternary grids need no second look.
     """
+    more = len(grid.magnitudes) > 2 or not (grid.has_zero or grid.has_closed_form)
+    return inverse(torch.cat([scale_RS, scale_RS * (1 + aside)], 1) if more else scale_RS)
+
+
+def follow(u_QC: Tensor, d_QC: Tensor, grid: Grid, inverses: list[Tensor], rows: int) -> Tensor:
+    """The scale of the next step of training, from the last one: one alternation from the better of two scales, (R, 1).
+
+    Takes the levels with the larger S1^2/S2, and the scale that is best for them. A row comes in pieces of C entries, one
+    after the other: Q of them for R rows. What is added up over a piece in the dtype of u is added up over the row in
+    float64. ``inverses``: of the scales to look at, (Q, 1), the last one first.
+    """
+
+    def over_row(of_Q1: Tensor) -> Tensor:
+        return of_Q1.view(rows, -1).sum(1, keepdim=True, dtype=torch.float64)
+
     if grid.has_closed_form:  # LAB's closed form
-        s1, s2 = (t.sum(1, keepdim=True, dtype=torch.float64) for t in (d_RN.double() * u_RN, d_RN))
+        s1, s2 = (over_row(t.sum(1, keepdim=True, dtype=torch.float64)) for t in (d_QC.double() * u_QC, d_QC))
         return s1 / s2
-    s1, s2 = sums(u_RN, d_RN, last_R1, grid)
-    if len(grid.magnitudes) > 2 or not grid.has_zero:
-        other1, other2 = sums(u_RN, d_RN, last_R1 * (1 + aside), grid)
+    found = [tuple(map(over_row, sums(u_QC, d_QC, inverse, grid))) for inverse in inverses]
+    s1, s2 = found[0]
+    for other1, other2 in found[1:]:
         # Multiples of the same levels are equally good: rounding must not choose.
-        tie = 1e-12 if u_RN.dtype == torch.float64 else 1e-6
+        tie = 1e-12 if u_QC.dtype == torch.float64 else 1e-6
         better = _value(other1, other2) > _value(s1, s2) * (1 + tie)
         s1, s2 = torch.where(better, other1, s1), torch.where(better, other2, s2)
-    return best_scale(s1, s2, u_RN.amax(1, keepdim=True), grid)
+    largest = u_QC.amax(1, keepdim=True).view(rows, -1).amax(1, keepdim=True)
+    return best_scale(s1, s2, largest.double(), grid)
 
 
 def look_aside(t: int) -> float:

@@ -70,6 +70,8 @@ def _all_small(tensors: list[Tensor]) -> bool:
 
 def _square(t: Tensor) -> Tensor:
     if t.is_contiguous() and t.dtype in (torch.float32, torch.float64):
-        square: Tensor = torch.dot(t.view(-1), t.view(-1))  # on several threads, which a norm is not
+        flat = t.view(-1)
+        square: Tensor = torch.dot(flat, flat)  # on several threads, which a norm is not
         return square
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).square()
+    norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+    return norm * norm

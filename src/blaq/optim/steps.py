@@ -27,7 +27,7 @@ def one_gradient(batch: Batch, trial: str) -> None:
         else:
             scale = batch.scales()
             how = batch.how if trial != "past" else batch.how._replace(follows=False)
-            found = passes.run(passes.laq, (w, m, v, g, scale), r, look_aside(batch.t), how, batch.fast)
+            found = passes.run(passes.laq, (w, m, v, g), scale, r, look_aside(batch.t), how, batch.fast)
             if trial != "past":
                 _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
         _put(batch, w, m, v)
@@ -48,9 +48,9 @@ def two_gradients(batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor
     if batch.how is None:
         update.backtrack(w, m, v, g, g_trial, r)
     else:
-        tensors = (w, m, v, g, g_trial, batch.scales())
         how = batch.how if write else batch.how._replace(follows=False)
-        found = passes.run(passes.backtrack, tensors, r, look_aside(batch.t), how, batch.fast)
+        aside = look_aside(batch.t)
+        found = passes.run(passes.backtrack, (w, m, v, g, g_trial), batch.scales(), r, aside, how, batch.fast)
         if write:
             _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
     _put(batch, w, m, v)
@@ -76,8 +76,8 @@ def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Ten
         batch.put_new(update.forward(w, m, v, g, r)[0], batch.parameters)
         return []
     w_trial = _room(batch, w)
-    tensors = (w_trial, w, m, v, g, batch.scales())
-    found = passes.run(passes.forward, tensors, r, look_aside(batch.t), batch.how, batch.fast)
+    tensors = (w_trial, w, m, v, g)
+    found = passes.run(passes.forward, tensors, batch.scales(), r, look_aside(batch.t), batch.how, batch.fast)
     scale = passes.solve(w_trial, found, batch.how, batch.fast)
     _write_values(batch, w_trial, scale)
     return list(torch.split(scale, batch.rows))
