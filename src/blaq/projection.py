@@ -70,6 +70,8 @@ def project(
     Source: Hou and Kwok, ICLR 2018, equation 5 and propositions 3.1 to 3.3; Hou et al., ICLR 2017, proposition 3.1.
     """
     grid = Grid.parse(grid)
+    for name, given in (("weight", weight), ("curvature", curvature), ("start", start)):
+        _check_tensor(name, given, optional=name != "weight")
     rows = row_shape(weight.shape, granularity, "project")
     check_solver(solver, "project")
     if start is not None and solver != "alternating":
@@ -193,6 +195,17 @@ def check_finite(tensor: Tensor, what: str) -> None:
             f"{what}: expected finite values, found {bad} NaN or Inf of {tensor.numel()}; look for a learning rate or a loss "
             "scale that is too high."
         )
+
+
+def _check_tensor(name: str, given: object, *, optional: bool) -> None:
+    """Refuse what is no tensor with values in memory."""
+    if given is None and optional:
+        return
+    if not isinstance(given, Tensor):
+        raise ValueError(f"project({name}={type(given).__name__}): expected a torch.Tensor{', or None' * optional}.")
+    if given.layout != torch.strided or given.is_meta:
+        kind = "meta tensor" if given.is_meta else str(given.layout)
+        raise ValueError(f"project({name}={kind}): expected a dense tensor that holds values; convert it first.")
 
 
 def _check_curvature(weight: Tensor, curvature: Tensor) -> None:

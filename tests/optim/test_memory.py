@@ -131,5 +131,7 @@ def test_refusals() -> None:
         ValueError, match=r"^memory_report\(Adam\): expected an optimizer of blaq; .* pass its param_groups"
     ):
         blaq.memory_report(torch.optim.Adam([w]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^memory_report\(Linear\): expected param groups"):
+        blaq.memory_report(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="group 0 is no param group"):
         blaq.memory_report([w])  # type: ignore[list-item]

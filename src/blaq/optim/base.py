@@ -21,6 +21,7 @@ from blaq.optim.options import (
     REMEMBERING,
     SHARED,
     TRIALS,
+    check_arguments,
     check_group,
     check_options,
     check_trial_every,
@@ -41,6 +42,7 @@ class LatentOptimizer(Optimizer):
         self, params: ParamsT, options: dict[str, Any], module: nn.Module | None, compile: bool | None = None
     ) -> None:
         check_options(self._owner, options)
+        check_arguments(self._owner, params, module, compile)
         self.module = module
         self.compile = compile
         self.observers: list[StepObserver] = []
@@ -292,7 +294,7 @@ class LatentOptimizer(Optimizer):
     def _fast(self) -> bool:
         """Whether the passes over the weights are compiled."""
         if self.compile is not None:
-            return bool(self.compile)
+            return self.compile
         weights = sum(p.numel() for group in self.param_groups if group["grid"] is not None for p in group["params"])
         return int(weights) >= compiled.COMPILED_FROM
 
@@ -335,7 +337,8 @@ class LatentOptimizer(Optimizer):
         for group in self.param_groups:
             if any(p is q for q in group["params"]):
                 return group
-        raise ValueError(f"{self._owner}: the tensor of shape {tuple(p.shape)} is no parameter of this optimizer.")
+        what = f"the tensor of shape {tuple(p.shape)}" if isinstance(p, Tensor) else repr(p)
+        raise ValueError(f"{self._owner}: {what} is no parameter of this optimizer.")
 
     def _name(self, p: Tensor) -> str:
         for index, group in enumerate(self.param_groups):

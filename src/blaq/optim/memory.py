@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from blaq.optim.base import LatentOptimizer
 from blaq.optim.options import REMEMBERING, TRIALS
-from blaq.optim.plan import SCALE_BYTES, plan, size
+from blaq.optim.plan import SCALE_BYTES, listed, plan, size
 from blaq.projection import widen
 
 
@@ -127,9 +127,10 @@ def memory_report(
             f"memory_report({type(groups_or_optimizer).__name__}): expected an optimizer of blaq; to learn what BLAQ would "
             "take in its place, pass its param_groups."
         )
-    groups = list(
+    given = (
         groups_or_optimizer.param_groups if isinstance(groups_or_optimizer, LatentOptimizer) else groups_or_optimizer
     )
+    groups = listed(given, "memory_report")
     planned = plan(groups).rows
     if trial is None:
         trial = next((group["trial"] for group in groups if "trial" in group), "fresh")
