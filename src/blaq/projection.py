@@ -28,6 +28,11 @@ class Quantized:
         codes: uint8, shape of the weight: index into ``grid.levels``.
         scale: float32 (rows, 1); ``ternary2``: (rows, 2), the negative and the positive scale.
         values: shape and dtype of the weight: ``scale * levels[codes]``, computed in float32 with one rounding.
+
+    Example:
+        >>> q = project(torch.tensor([0.5, -0.5, 0.5]), None, "binary")
+        >>> q.scale, q.codes, q.scale * Grid.parse("binary").levels[q.codes.long()]
+        (tensor([[0.5000]]), tensor([1, 0, 1], dtype=torch.uint8), tensor([[ 0.5000, -0.5000,  0.5000]]))
     """
 
     codes: Tensor

@@ -65,6 +65,13 @@ class MemoryReport:
         temporaries: what a step uses for a moment, counted as one tensor: the largest parameter, in the dtype of its moments.
             A compiled step that follows the scale stays below that. The first step, the exact solver, uncompiled passes and
             many small tensors of equal shape, stepped together, take a few times as much: docs/results/memory.md.
+
+    Example:
+        >>> from torch import nn
+        >>> from blaq.optim.groups import param_groups
+        >>> report = memory_report(param_groups(nn.Linear(1000, 10, bias=False), bits=1), trial="past")
+        >>> report.rows[0].remembered, report.total.aside, report.temporaries
+        (40000, 40004, 40000)
     """
 
     trial: str

@@ -60,6 +60,13 @@ class Plan:
 
     Attributes:
         rows: one for each parameter, in the order of the groups.
+
+    Example:
+        >>> from torch import nn
+        >>> from blaq.optim.groups import param_groups
+        >>> found = plan(param_groups(nn.Linear(64, 10), bits=1))
+        >>> found.rows[0].scheme, found.quantized_weights, found.bytes_packed, round(found.ratio)
+        ('binary', 640, 124, 21)
     """
 
     rows: tuple[PlanRow, ...]
