@@ -18,6 +18,7 @@ _SMALL = 2.0**-100  # magnitudes below go to float64: float32 has few digits lef
 DIGITS = 10  # binary digits of the mantissa that tell bins apart
 _OCTAVES = 48  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
 _WORD = 8  # flags that are looked at together
+_ROOM = 2**16  # entries picked that there is room for at first
 
 
 class Loops(NamedTuple):
@@ -239,7 +240,7 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
     takes = torch.tensor([side != 1, side != 0], dtype=row.dtype, device=row.w.device)
     if not compared:
         row = row._replace(loops=PLAIN)
-    found = [(row.w[:0].double(), row.w[:0].double())]
+    found = _Growing(row.w.device)
     for w, d in row.chunks() if len(edges) else ():
         flags = torch.empty_like(w, dtype=torch.uint8)
         if compared:
@@ -248,9 +249,34 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
             index = (_bits(w.abs()) - bins.first).clamp(min=0)
             flags.copy_(unsettled_B.index_select(0, index) * torch.where(w < 0, takes[0], takes[1]))
         at = _where(flags)
-        found.append((w[at].abs().double(), d[at].double()))
-    u, d = (torch.cat(parts) for parts in zip(*found, strict=True))
+        found.append(w[at].abs(), d[at])
+    u, d = found.all
     return u, d
+
+
+class _Growing:
+    """Pairs of numbers, float64, put one after the other into one piece of memory.
+
+    Many small pieces would each be kept where memory of a chunk has just been let go, and keep the next chunk from it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._count, self._room = 0, torch.empty(2, _ROOM, dtype=torch.float64, device=device)
+
+    def append(self, *both: Tensor) -> None:
+        end = self._count + len(both[0])
+        if end > self._room.shape[1]:
+            larger = self._room.new_empty(2, 2 * end)
+            larger[:, : self._count] = self.all
+            self._room = larger
+        for to, values in zip(self._room[:, self._count : end], both, strict=True):
+            to.copy_(values)
+        self._count = end
+
+    @property
+    def all(self) -> Tensor:
+        """(2, M)."""
+        return self._room[:, : self._count]
 
 
 def _where(flags_N: Tensor) -> Tensor:

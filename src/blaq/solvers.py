@@ -5,7 +5,7 @@ levels are integers. They compute in the dtype of u, row by row, without branchi
 and fused with what comes before and after.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -99,23 +99,55 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
     return scale
 
 
-def follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, last_R1: Tensor, aside: float | Tensor) -> Tensor:
-    """The scale of the next step of training, from the last one: one alternation from the better of two scales.
-
-    Looks at the last scale and at another, ``1 + aside`` times it, takes the levels with the larger S1^2/S2, and the scale
-    that is best for them. The more levels, the less an alternation moves from where it is; ternary grids need no other.
+def sums_to_follow(
+    w_RN: Tensor, d_RN: Tensor, grid: Grid, last_RS: Tensor, aside: float | Tensor
+) -> tuple[Tensor, ...]:
+    """What `follow` needs of some entries, (R, S) each: the largest magnitude, and S1 and S2 at the last scale; where the
+    grid needs it, also at another scale, ``1 + aside`` times the last one.
     """
-    if grid.has_closed_form:  # LAB's closed form
+    last = last_RS.to(w_RN.dtype)
+    found = [_side_to_follow(u, d, grid, last[:, i : i + 1], aside) for i, (u, d) in enumerate(sides(w_RN, d_RN, grid))]
+    return found[0] if len(found) == 1 else tuple(torch.cat(both, 1) for both in zip(*found, strict=True))
+
+
+def _side_to_follow(
+    u_RN: Tensor, d_RN: Tensor, grid: Grid, last_R1: Tensor, aside: float | Tensor
+) -> tuple[Tensor, ...]:
+    largest = u_RN.amax(1, keepdim=True)
+    if grid.has_closed_form:
         s1, s2 = (t.sum(1, keepdim=True, dtype=torch.float64) for t in (d_RN.double() * u_RN, d_RN))
-        return s1 / s2
-    s1, s2 = sums(u_RN, d_RN, last_R1, grid)
+        return largest, s1, s2
+    found = largest, *sums(u_RN, d_RN, last_R1, grid)
     if len(grid.magnitudes) > 2 or not grid.has_zero:
-        other1, other2 = sums(u_RN, d_RN, last_R1 * (1 + aside), grid)
+        return *found, *sums(u_RN, d_RN, last_R1 * (1 + aside), grid)
+    return found
+
+
+def join_to_follow(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What is found of all entries, (R, S), of what is found of some of them each, (pieces, R, S)."""
+    largest, *others = found
+    return largest.amax(0), *(sums.sum(0) for sums in others)
+
+
+def follow(found: tuple[Tensor, ...], grid: Grid) -> Tensor:
+    """The scale of the next step of training, from the last one, (R, S): one alternation from the better of two scales.
+
+    Of the last scale and another it takes the levels with the larger S1^2/S2, and the scale that is best for them. The more
+    levels, the less an alternation moves from where it is; ternary grids need no other.
+
+    Args:
+        found: by `sums_to_follow`.
+        grid: the grid.
+    """
+    largest, s1, s2, *other = found
+    if grid.has_closed_form:  # LAB's closed form
+        return s1 / s2
+    if other:
         # Multiples of the same levels are equally good: rounding must not choose.
-        tie = 1e-12 if u_RN.dtype == torch.float64 else 1e-6
-        better = _value(other1, other2) > _value(s1, s2) * (1 + tie)
-        s1, s2 = torch.where(better, other1, s1), torch.where(better, other2, s2)
-    return best_scale(s1, s2, u_RN.amax(1, keepdim=True), grid)
+        tie = 1e-12 if s1.dtype == torch.float64 else 1e-6
+        better = _value(*other) > _value(s1, s2) * (1 + tie)
+        s1, s2 = torch.where(better, other[0], s1), torch.where(better, other[1], s2)
+    return best_scale(s1, s2, largest, grid)
 
 
 def look_aside(t: int) -> float:
@@ -130,12 +162,28 @@ def _value(s1: Tensor, s2: Tensor) -> Tensor:
 
 def add_up(terms: Callable[..., Tensor], *tensors_RN: Tensor) -> Tensor:
     """Sums over the rows, (R, ..), of functions of entries, in float64: block by block, so that wide copies stay in cache."""
-    rows = max(1, _BLOCK // max(1, tensors_RN[0].shape[1]))
-    found = []
-    for some_rows in zip(*(torch.split(t, rows) for t in tensors_RN), strict=True):
-        blocks = zip(*(torch.split(t, _BLOCK, dim=1) for t in some_rows), strict=True)
-        found.append(torch.stack([terms(*(t.double() for t in block)) for block in blocks]).sum(0))
-    return torch.cat(found)
+    found: Tensor | None = None
+    for rows, columns in blocks(tensors_RN[0].shape, _BLOCK):
+        for some in columns:
+            block = terms(*(t[rows, some].double() for t in tensors_RN))
+            if found is None:
+                found = block.new_zeros(len(tensors_RN[0]), *block.shape[1:])
+            found[rows] += block
+    assert found is not None
+    return found
+
+
+def blocks(shape: torch.Size, entries: int) -> Iterator[tuple[slice, list[slice]]]:
+    """A matrix in pieces of up to so many entries: some rows, and the columns of each piece in them.
+
+    What is kept of a piece should be added to what there is already. Many small results, each kept in memory where a
+    large one has just been let go, would keep the next large one from that place.
+    """
+    rows, columns = shape
+    at_once = max(1, entries // max(1, columns))
+    pieces = [slice(start, start + entries) for start in range(0, max(1, columns), entries)]
+    for start in range(0, max(1, rows), at_once):
+        yield slice(start, start + at_once), pieces
 
 
 def _unit(grid: Grid) -> float:

@@ -20,7 +20,7 @@ from blaq.grids import Grid
 from blaq.optim import update
 from blaq.optim.update import Rates
 from blaq.projection import dequantize, nearest_levels, solve_scale, write_values
-from blaq.solvers import follow, sides
+from blaq.solvers import blocks, follow, join_to_follow, sums_to_follow
 
 # Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
 COMPILED_FROM = 2**18
@@ -32,6 +32,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     # One addition after the other: faster than atomic ones on few threads, and the same in every run.
     "bins": {"cpp.threads": 1},
 }
+_BLOCK = 2**16  # entries that an uncompiled pass goes over at once
 _COMPILERS = (2, 13)  # torch from which compiled sums are as exact as those of torch itself
 
 _log = logging.getLogger("blaq")
@@ -46,18 +47,22 @@ class How(NamedTuple):
     curvature: str
 
 
-def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How) -> Tensor:
-    """A step of LAQ, in place: its scale (R, S) where it follows, else the metric d."""
-    return _scale_or_metric(w, update.laq(w, m, v, g, r), scale, aside, how)
+Found = Tensor | tuple[Tensor, ...]
+"""Of some entries: what `follow` makes a scale of, where the pass follows; else the metric d."""
+
+
+def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How) -> Found:
+    """A step of LAQ, in place."""
+    return _found(w, update.laq(w, m, v, g.to(m.dtype), r), scale, aside, how)
 
 
 def forward(
     to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How
-) -> Tensor:
-    """Write the trial point w* into a tensor: its scale, or the metric d."""
-    w_trial, d = update.forward(w, m, v, g, r)
+) -> Found:
+    """Write the trial point w* into a tensor."""
+    w_trial, d = update.forward(w, m, v, g.to(m.dtype), r)
     to.copy_(w_trial)
-    return _scale_or_metric(w_trial, d, scale, aside, how)
+    return _found(w_trial, d, scale, aside, how)
 
 
 def backtrack(
@@ -70,9 +75,9 @@ def backtrack(
     aside: float | Tensor,
     r: Rates,
     how: How,
-) -> Tensor:
-    """The step with both gradients, in place: its scale, or the metric d'."""
-    return _scale_or_metric(w, update.backtrack(w, m, v, g, g_trial, r), scale, aside, how)
+) -> Found:
+    """The step with both gradients, in place."""
+    return _found(w, update.backtrack(w, m, v, g.to(m.dtype), g_trial.to(m.dtype), r), scale, aside, how)
 
 
 def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
@@ -93,30 +98,52 @@ def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and _Compiler.usable() else PLAIN)
 
 
-def _scale_or_metric(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor, how: How) -> Tensor:
+def _found(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor, how: How) -> Found:
     if not how.follows:
         return d
-    if not w.numel():
-        return scale
-    d = torch.ones_like(d) if how.curvature == "unit" else d
-    last = [scale[:, i : i + 1].to(w.dtype) for i in range(how.grid.scales)]
-    found = [follow(u, d, how.grid, start, aside) for (u, d), start in zip(sides(w, d, how.grid), last, strict=True)]
-    return torch.cat(found, 1).float()
+    return sums_to_follow(w, torch.ones_like(d) if how.curvature == "unit" else d, how.grid, scale, aside)
+
+
+def _scale_or_metric(found: Found, how: How) -> Tensor:
+    return found if isinstance(found, Tensor) else follow(found, how.grid).float()
 
 
 # --- compiled or not ------------------------------------------------------------------------------------------------------
 
 
 def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How, fast: bool) -> Any:
-    """A pass over tensors, compiled where `fast` and where it can be."""
+    """A pass over tensors, compiled where `fast` and where it can be: the scales (R, S) where it follows, else the metric d."""
+    if how.follows and not tensors[0].numel():
+        return tensors[-1]
     if not fast or not _Compiler.usable():
-        return function(*tensors, aside, r, how)
+        return _in_blocks(function, tensors, r, aside, how)
     like = tensors[0]
     given = [value for value in (aside, *r) if value is not None]
     numbers = torch.tensor(given, dtype=like.dtype, device=like.device)
     absent = tuple(value is None for value in (aside, *r))
     key = (function, how, absent, "rows" if tensors[-1].shape[0] > 1 else "row")
-    return _Compiler.call(key, (*tensors, numbers), lambda: function(*tensors, aside, r, how))
+    return _Compiler.call(key, (*tensors, numbers), lambda: _in_blocks(function, tensors, r, aside, how))
+
+
+def _in_blocks(
+    function: Callable[..., Found], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How
+) -> Tensor:
+    """A pass as it is, some entries at a time: what it makes for a moment stays small, and in cache."""
+    *whole, scale = tensors
+    result = torch.empty_like(scale if how.follows else whole[0])
+    for rows, columns in blocks(whole[0].shape, _BLOCK):
+        pieces: tuple[Tensor, ...] = ()
+        for i, some in enumerate(columns):
+            found = function(*(t[rows, some] for t in whole), scale[rows], aside, r, how)
+            if isinstance(found, Tensor):
+                result[rows, some] = found
+                continue
+            pieces = pieces or tuple(t.new_empty(len(columns), *t.shape) for t in found)
+            for piece, t in zip(pieces, found, strict=True):
+                piece[i] = t
+        if pieces:
+            result[rows] = _scale_or_metric(join_to_follow(pieces), how)
+    return result
 
 
 def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
@@ -189,7 +216,7 @@ def _compiled(
         *tensors, numbers = arguments
         values = iter(numbers.unbind())
         aside, *rates = [None if missing else next(values) for missing in absent]
-        return function(*tensors, aside, Rates(*rates), how)  # type: ignore[arg-type]
+        return _scale_or_metric(function(*tensors, aside, Rates(*rates), how), how)  # type: ignore[arg-type]
 
     # torch.compile keeps what it compiled with the code object, and only some of it: each pass has one of its own.
     own = types.FunctionType(with_numbers.__code__.replace(), globals(), closure=with_numbers.__closure__)
