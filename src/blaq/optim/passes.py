@@ -53,14 +53,14 @@ Found = Tensor | tuple[Tensor, ...]
 
 def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How) -> Found:
     """A step of LAQ, in place."""
-    return _found(w, update.laq(w, m, v, g.to(m.dtype), r), scale, aside, how)
+    return _found(w, update.laq(w, m, v, g, r), scale, aside, how)
 
 
 def forward(
     to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How
 ) -> Found:
     """Write the trial point w* into a tensor."""
-    w_trial, d = update.forward(w, m, v, g.to(m.dtype), r)
+    w_trial, d = update.forward(w, m, v, g, r)
     to.copy_(w_trial)
     return _found(w_trial, d, scale, aside, how)
 
@@ -77,7 +77,12 @@ def backtrack(
     how: How,
 ) -> Found:
     """The step with both gradients, in place."""
-    return _found(w, update.backtrack(w, m, v, g.to(m.dtype), g_trial.to(m.dtype), r), scale, aside, how)
+    return _found(w, update.backtrack(w, m, v, g, g_trial, r), scale, aside, how)
+
+
+def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
+    """Write the trial point of a parameter without a grid into a tensor, which may be w."""
+    to.copy_(update.forward(w, m, v, g, r)[0])
 
 
 def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
@@ -125,9 +130,7 @@ def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, asi
     return _Compiler.call(key, (*tensors, numbers), lambda: _in_blocks(function, tensors, r, aside, how))
 
 
-def _in_blocks(
-    function: Callable[..., Found], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How
-) -> Tensor:
+def _in_blocks(function: Callable[..., Found], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How) -> Tensor:
     """A pass as it is, some entries at a time: what it makes for a moment stays small, and in cache."""
     *whole, scale = tensors
     result = torch.empty_like(scale if how.follows else whole[0])
@@ -144,6 +147,13 @@ def _in_blocks(
         if pieces:
             result[rows] = _scale_or_metric(join_to_follow(pieces), how)
     return result
+
+
+def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates) -> None:
+    """An update of parameters without a grid, in place, some entries at a time."""
+    for rows, columns in blocks(tensors[0].shape, _BLOCK):
+        for some in columns:
+            function(*(t[rows, some] for t in tensors), r)
 
 
 def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
@@ -165,7 +175,7 @@ def _mark(*tensors: Tensor) -> None:
     _Compiler.call((mark, None, None, "row"), tensors, lambda: mark(*tensors))
 
 
-_LOOPS = Loops(_add_into_bins, _mark, chunk=2**22, intervals=2, fill=True)  # chunks: a flag an entry takes memory
+_LOOPS = Loops(_add_into_bins, _mark, chunk=2**20, intervals=2, fill=True)  # chunks: a flag an entry takes memory
 
 
 class _Compiler:
