@@ -18,6 +18,7 @@ _SMALL = 2.0**-100  # magnitudes below go to float64: float32 has few digits lef
 DIGITS = 10  # binary digits of the mantissa that tell bins apart
 _OCTAVES = 48  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
 _WORD = 8  # flags that are looked at together
+_ROOM = 2**16  # entries picked that there is room for at first
 
 
 class Loops(NamedTuple):
@@ -126,7 +127,7 @@ def mark(w_N: Tensor, limits_I2: Tensor, takes_2: Tensor, flags_N: Tensor) -> No
 
 
 # Their wide copies stay in cache.
-PLAIN = Loops(add_into_bins, mark, chunk=2**18, intervals=2, fill=False)
+PLAIN = Loops(add_into_bins, mark, chunk=2**16, intervals=2, fill=False)
 
 
 def _bits(u: Tensor) -> Tensor:
@@ -198,10 +199,8 @@ class Near:
     def __init__(self, bins: Bins, row: Row, side: int | None, cells: Cells) -> None:
         self.bins = bins
         unsettled = bins.unsettled(cells)
-        u, d = _picked(bins, row, side, unsettled)
-        self.u_M, order = u.sort(descending=True)
-        self.d_M = d[order]
-        zero = u.new_zeros(1)
+        self.u_M, self.d_M = _picked(bins, row, side, unsettled)
+        zero = self.u_M.new_zeros(1)
         self.d_sum = torch.cat([zero, self.d_M.cumsum(0)])
         self.du_sum = torch.cat([zero, (self.d_M * self.u_M).cumsum(0)])
         # What the bins hold without the entries picked.
@@ -230,7 +229,7 @@ class Near:
 
 
 def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitude and curvature of the entries in unsettled bins, float64 (M,)."""
+    """Magnitude and curvature of the entries in unsettled bins, the largest first, float64 (M,)."""
     edges = torch.nn.functional.pad(unsettled_B.to(torch.int8), (1, 1)).diff().nonzero().view(-1, 2)
     limits_I2 = torch.where(edges < len(unsettled_B), bins.floats(edges), torch.inf).to(row.dtype)
     compared = len(edges) <= row.loops.intervals
@@ -239,7 +238,7 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
     takes = torch.tensor([side != 1, side != 0], dtype=row.dtype, device=row.w.device)
     if not compared:
         row = row._replace(loops=PLAIN)
-    found = [(row.w[:0].double(), row.w[:0].double())]
+    found = _Growing(row.w.new_empty(2, _ROOM, dtype=row.dtype))
     for w, d in row.chunks() if len(edges) else ():
         flags = torch.empty_like(w, dtype=torch.uint8)
         if compared:
@@ -248,9 +247,36 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
             index = (_bits(w.abs()) - bins.first).clamp(min=0)
             flags.copy_(unsettled_B.index_select(0, index) * torch.where(w < 0, takes[0], takes[1]))
         at = _where(flags)
-        found.append((w[at].abs().double(), d[at].double()))
-    u, d = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return u, d
+        found.append(w[at].abs(), d[at])
+    u, d = found.all
+    u, order = u.sort(descending=True)
+    return u.double(), d[order].double()
+
+
+class _Growing:
+    """Pairs of numbers put one after the other into one piece of memory.
+
+    Many small pieces would each be kept where memory of a chunk has just been let go, and keep the next chunk from it.
+    """
+
+    def __init__(self, room_2N: Tensor) -> None:
+        self._count, self._room = 0, room_2N
+
+    def append(self, *both: Tensor) -> None:
+        """Copy more of them there."""
+        end = self._count + len(both[0])
+        if end > self._room.shape[1]:
+            larger = self._room.new_empty(2, 2 * end)
+            larger[:, : self._count] = self.all
+            self._room = larger
+        for to, values in zip(self._room[:, self._count : end], both, strict=True):
+            to.copy_(values)
+        self._count = end
+
+    @property
+    def all(self) -> Tensor:
+        """(2, M)."""
+        return self._room[:, : self._count]
 
 
 def _where(flags_N: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from blaq.bins import DIGITS, PLAIN, Bins, Bounds, Cells, Loops, Near, Row, magnitudes, sums_in_bins, thresholds
 from blaq.grids import Grid
-from blaq.solvers import add_up, nearest, sides
+from blaq.solvers import add_up, blocks, nearest, sides
 
 _TIE = 1e-12  # relative difference below which two optima are equal
 _ROUNDING = 1e-9  # relative error of sums over a row, with room: no cell is dropped for less
 _LONG = 2**16  # breakpoints of a row above which the range of alpha is cut before they are sorted
-_DIRECT = 2**20  # breakpoints that are sorted at once
+_DIRECT = 2**20  # breakpoints of a long row that are sorted at once
+_ROWS = 2**18  # breakpoints of short rows that are
 _CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones
 _BLOCK = 2**16  # entries whose levels are looked at together
 
@@ -39,12 +40,10 @@ def exact(w_RN: Tensor, d_RN: Tensor, grid: Grid, loops: Loops = PLAIN) -> Tenso
     if n * steps > _LONG:
         alphas = torch.stack([_long(w, d, grid, loops) for w, d in zip(w_RN, d_RN, strict=True)])
     else:
-        chunk = max(1, _DIRECT // (n * steps))
-        rows = zip(torch.split(w_RN, chunk), torch.split(d_RN, chunk), strict=True)
-        alphas = torch.cat([
-            torch.cat([_direct(u, d_side, grid) for u, d_side in sides(w.double(), d.double(), grid)], 1)
-            for w, d in rows
-        ])  # fmt: skip
+        alphas = w_RN.new_empty(len(w_RN), grid.scales, dtype=torch.float64)
+        for rows, _ in blocks(w_RN.shape, _ROWS // steps):
+            both = sides(w_RN[rows].double(), d_RN[rows].double(), grid)
+            alphas[rows] = torch.cat([_direct(u, d, grid) for u, d in both], 1)
     return alphas / grid.largest
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from blaq.bins import PLAIN, Loops
 from blaq.exact import exact
 from blaq.grids import Grid
-from blaq.solvers import alternating, nearest, sides
+from blaq.solvers import alternating, blocks, nearest, sides
 
 GRANULARITIES = ("tensor", "channel")
 SOLVERS = ("exact", "alternating")
@@ -136,10 +136,10 @@ def dequantize(levels_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
 
 def write_values(to_RN: Tensor, w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> None:
     """Write the quantized values of w, some at a time: what that takes besides need not be as large as they are."""
-    rows = max(1, _BLOCK // max(1, w_RN.shape[1]))
-    for to, w, scale in zip(*(torch.split(t, rows) for t in (to_RN, w_RN, scale_RS)), strict=True):
-        for part, some in zip(torch.split(to, _BLOCK, 1), torch.split(w, _BLOCK, 1), strict=True):
-            part.copy_(dequantize(nearest_levels(some, scale, grid), scale, grid))
+    for rows, columns in blocks(w_RN.shape, _BLOCK):
+        for some in columns:
+            levels = nearest_levels(w_RN[rows, some], scale_RS[rows], grid)
+            to_RN[rows, some] = dequantize(levels, scale_RS[rows], grid)
 
 
 def codes_of(levels_RN: Tensor, grid: Grid) -> Tensor:
@@ -198,11 +198,15 @@ def check_solver(solver: str, owner: str) -> None:
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Refuse NaN and Inf, with their number."""
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    entries = tensor.reshape(1, -1)
+    bad = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for _, columns in blocks(entries.shape, _BLOCK):  # a block at a time: counting widens what it counts
+        for some in columns:
+            bad += (~torch.isfinite(entries[:, some])).sum()
+    if bad > 0:
         raise ValueError(
-            f"{what}: expected finite values, found {bad} NaN or Inf of {tensor.numel()}; look for a learning rate or a loss "
-            "scale that is too high."
+            f"{what}: expected finite values, found {int(bad)} NaN or Inf of {tensor.numel()}; look for a learning rate or "
+            "a loss scale that is too high."
         )
 
 

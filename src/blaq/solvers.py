@@ -5,7 +5,7 @@ levels are integers. They compute in the dtype of u, row by row, without branchi
 and fused with what comes before and after.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -114,28 +114,45 @@ def looks(scale_RS: Tensor, grid: Grid, aside: float) -> Tensor:
     return inverse(torch.cat([scale_RS, scale_RS * (1 + aside)], 1) if more else scale_RS)
 
 
-def follow(u_QC: Tensor, d_QC: Tensor, grid: Grid, inverses: list[Tensor], rows: int) -> Tensor:
-    """The scale of the next step of training, from the last one: one alternation from the better of two scales, (R, 1).
+def sums_to_follow(w_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor) -> tuple[Tensor, ...]:
+    """What `follow` needs of some entries, (R, S) each: the largest magnitude, then S1 and S2 at every look."""
+    both = enumerate(sides(w_RN, d_RN, grid))
+    found = [_side_to_follow(u, d, grid, looks_RL[:, side :: grid.scales]) for side, (u, d) in both]
+    return found[0] if len(found) == 1 else tuple(torch.cat(of_sides, 1) for of_sides in zip(*found, strict=True))
 
-    Takes the levels with the larger S1^2/S2, and the scale that is best for them. A row comes in pieces of C entries, one
-    after the other: Q of them for R rows. What is added up over a piece in the dtype of u is added up over the row in
-    float64. ``inverses``: of the scales to look at, (Q, 1), the last one first.
+
+def _side_to_follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor) -> tuple[Tensor, ...]:
+    largest = u_RN.amax(1, keepdim=True)
+    if grid.has_closed_form:
+        s1, s2 = (t.sum(1, keepdim=True, dtype=torch.float64) for t in (d_RN.double() * u_RN, d_RN))
+        return largest, s1, s2
+    pairs = [sums(u_RN, d_RN, look.unsqueeze(1), grid) for look in looks_RL.unbind(1)]
+    return largest, *(s for pair in pairs for s in pair)
+
+
+def join_to_follow(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What is found of whole rows, (R, S), of what is found of their pieces, (R, pieces, S): sums in float64."""
+    largest, *others = found
+    return largest.amax(1), *(of_pieces.sum(1, dtype=torch.float64) for of_pieces in others)
+
+
+def follow(found: tuple[Tensor, ...], grid: Grid) -> Tensor:
+    """The scale of the next step of training, from the last one, (R, S): one alternation from the better of two scales.
+
+    Takes the levels with the larger S1^2/S2, and the scale that is best for them.
+
+    Args:
+        found: by `sums_to_follow`, of whole rows.
+        grid: the grid.
     """
-
-    def over_row(of_Q1: Tensor) -> Tensor:
-        return of_Q1.view(rows, -1).sum(1, keepdim=True, dtype=torch.float64)
-
+    largest, s1, s2, *other = found
     if grid.has_closed_form:  # LAB's closed form
-        s1, s2 = (over_row(t.sum(1, keepdim=True, dtype=torch.float64)) for t in (d_QC.double() * u_QC, d_QC))
         return s1 / s2
-    found = [tuple(map(over_row, sums(u_QC, d_QC, inverse, grid))) for inverse in inverses]
-    s1, s2 = found[0]
-    for other1, other2 in found[1:]:
+    if other:
         # Multiples of the same levels are equally good: rounding must not choose.
-        tie = 1e-12 if u_QC.dtype == torch.float64 else 1e-6
-        better = _value(other1, other2) > _value(s1, s2) * (1 + tie)
-        s1, s2 = torch.where(better, other1, s1), torch.where(better, other2, s2)
-    largest = u_QC.amax(1, keepdim=True).view(rows, -1).amax(1, keepdim=True)
+        tie = 1e-12 if largest.dtype == torch.float64 else 1e-6
+        better = _value(*other) > _value(s1, s2) * (1 + tie)
+        s1, s2 = torch.where(better, other[0], s1), torch.where(better, other[1], s2)
     return best_scale(s1, s2, largest.double(), grid)
 
 
@@ -151,12 +168,28 @@ def _value(s1: Tensor, s2: Tensor) -> Tensor:
 
 def add_up(terms: Callable[..., Tensor], *tensors_RN: Tensor) -> Tensor:
     """Sums over the rows, (R, ..), of functions of entries, in float64: block by block, so that wide copies stay in cache."""
-    rows = max(1, _BLOCK // max(1, tensors_RN[0].shape[1]))
-    found = []
-    for some_rows in zip(*(torch.split(t, rows) for t in tensors_RN), strict=True):
-        blocks = zip(*(torch.split(t, _BLOCK, dim=1) for t in some_rows), strict=True)
-        found.append(torch.stack([terms(*(t.double() for t in block)) for block in blocks]).sum(0))
-    return torch.cat(found)
+    found: Tensor | None = None
+    for rows, columns in blocks(tensors_RN[0].shape, _BLOCK):
+        for some in columns:
+            block = terms(*(t[rows, some].double() for t in tensors_RN))
+            if found is None:
+                found = block.new_zeros(len(tensors_RN[0]), *block.shape[1:])
+            found[rows] += block
+    assert found is not None
+    return found
+
+
+def blocks(shape: torch.Size, entries: int) -> Iterator[tuple[slice, list[slice]]]:
+    """A matrix in pieces of up to so many entries: some rows, and the columns of each piece in them.
+
+    What is kept of a piece should be added to what there is already. Many small results, each kept in memory where a
+    large one has just been let go, would keep the next large one from that place.
+    """
+    rows, columns = shape
+    at_once = max(1, entries // max(1, columns))
+    pieces = [slice(start, start + entries) for start in range(0, max(1, columns), entries)]
+    for start in range(0, max(1, rows), at_once):
+        yield slice(start, start + at_once), pieces
 
 
 def _unit(grid: Grid) -> float:

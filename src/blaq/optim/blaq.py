@@ -322,7 +322,7 @@ class BLAQ(LatentOptimizer):
         pending.after_first.restore()
         for batch in batches(self._with_gradients(), self._fast):
             first = [pending.gradients[p] for p in batch.parameters]
-            steps.two_gradients(batch, first, batch.gradients)
+            steps.advance(batch, first, batch.gradients)
             self._has_written(batch)
         self._count(2)
 

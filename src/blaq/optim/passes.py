@@ -17,8 +17,9 @@ from blaq.grids import Grid
 from blaq.optim import compiled, update
 from blaq.optim.update import Rates
 from blaq.projection import dequantize, nearest_levels, solve_scale, write_values
-from blaq.solvers import follow, looks, sides
+from blaq.solvers import blocks, follow, join_to_follow, looks, sums_to_follow
 
+_BLOCK = 2**16  # entries that an uncompiled pass goes over at once
 LONGEST_PIECE = 4096  # entries that are added up as they come
 SHORTEST_PIECE = 64  # shorter ones do not pay for their loop
 _IN_ORDER = (
@@ -35,39 +36,30 @@ class How(NamedTuple):
     curvature: str
 
 
-class Last(NamedTuple):
-    """Where a pass starts to look for scales."""
-
-    looks: Tensor
-    """`solvers.looks` at those of every piece of a row, (Q, LS)."""
-    scale: Tensor
-    """The last scales of every row, (R, S)."""
+Found = Tensor | tuple[Tensor, ...]
+"""Of some entries: what `follow` makes a scale of, where the pass follows; else the metric d."""
 
 
-def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, last: Last, r: Rates, how: How) -> Tensor:
-    """A step of LAQ, in place: its scale (R, S) where it follows, else the metric d."""
-    return _scale_or_metric(w, update.laq(w, m, v, g, r), last, how)
+def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, looks: Tensor, r: Rates, how: How) -> Found:
+    """A step of LAQ, in place."""
+    return _found(w, update.laq(w, m, v, g, r), looks, how)
 
 
-def forward(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, last: Last, r: Rates, how: How) -> Tensor:
-    """Write the trial point w* into a tensor: its scale, or the metric d."""
+def forward(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, looks: Tensor, r: Rates, how: How) -> Found:
+    """Write the trial point w* into a tensor."""
     w_trial, d = update.forward(w, m, v, g, r)
     to.copy_(w_trial)
-    return _scale_or_metric(w_trial, d, last, how)
+    return _found(w_trial, d, looks, how)
 
 
-def backtrack(
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    g: Tensor,
-    g_trial: Tensor,
-    last: Last,
-    r: Rates,
-    how: How,
-) -> Tensor:
-    """The step with both gradients, in place: its scale, or the metric d'."""
-    return _scale_or_metric(w, update.backtrack(w, m, v, g, g_trial, r), last, how)
+def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, looks: Tensor, r: Rates, how: How) -> Found:
+    """The step with both gradients, in place."""
+    return _found(w, update.backtrack(w, m, v, g, g_trial, r), looks, how)
+
+
+def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
+    """Write the trial point of a parameter without a grid into a tensor, which may be w."""
+    to.copy_(update.forward(w, m, v, g, r)[0])
 
 
 def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
@@ -88,47 +80,75 @@ def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and compiled.usable() else PLAIN)
 
 
-def _scale_or_metric(w: Tensor, d: Tensor, last: Last, how: How) -> Tensor:
+def _found(w: Tensor, d: Tensor, looks: Tensor, how: How) -> Found:
     if not how.follows:
         return d
-    if not w.numel():
-        return last.scale
-    d = torch.ones_like(d) if how.curvature == "unit" else d
-    found = []
-    for i, (u, d_side) in enumerate(sides(w, d, how.grid)):
-        inverses = [inverse.unsqueeze(1) for inverse in last.looks[:, i :: how.grid.scales].unbind(1)]
-        found.append(follow(u, d_side, how.grid, inverses, len(last.scale)))
-    return torch.cat(found, 1).float()
+    return sums_to_follow(w, torch.ones_like(d) if how.curvature == "unit" else d, how.grid, looks)
+
+
+def _scale(found: tuple[Tensor, ...], how: How) -> Tensor:
+    """The scale, float32 (R, S), from what was found of every piece of a row, (R, pieces, S)."""
+    return follow(join_to_follow(found), how.grid).float()
 
 
 # --- compiled or not ------------------------------------------------------------------------------------------------------
 
 
 def run(
-    function: Callable[..., Any],
+    function: Callable[..., Found],
     tensors: tuple[Tensor, ...],
     scale: Tensor,
     r: Rates,
     aside: float,
     how: How,
     fast: bool,
-) -> Any:
-    """A pass over matrices in rows that starts from their last scale, compiled where `fast` and where it can be."""
+) -> Tensor:
+    """A pass over matrices in rows, compiled where `fast` and where it can be: from their last scales (R, S) to the next, where
+    it follows; else the metric d.
+    """
     rows, columns = tensors[0].shape
+    if how.follows and not columns:
+        return scale
     at = looks(scale.to(tensors[0].dtype), how.grid, aside)
     if not fast or not compiled.usable() or not columns:
-        return function(*tensors, Last(at, scale), r, how)
+        return _in_blocks(function, tensors, at, r, how)
     piece = _piece(columns)
     count = columns // piece if piece else 1
     pieces = tuple(t.view(rows * count, -1) for t in tensors)
     at_pieces = at.repeat_interleave(count, 0) if count > 1 else at
     numbers = torch.tensor([number for number in r if number is not None], dtype=at.dtype, device=at.device)
-    found = compiled.call(
+    found: Tensor = compiled.call(
         _with_numbers(function, how, tuple(number is None for number in r), piece is None),
         (*pieces, at_pieces, scale, numbers),
-        lambda: function(*tensors, Last(at, scale), r, how),
+        lambda: _in_blocks(function, tensors, at, r, how),
     )
     return found if how.follows else found.view(rows, columns)
+
+
+def _in_blocks(function: Callable[..., Found], tensors: tuple[Tensor, ...], at: Tensor, r: Rates, how: How) -> Tensor:
+    """A pass as it is, some entries at a time: what it makes for a moment stays small, and in cache."""
+    like = tensors[0]
+    result = like.new_empty(len(at), how.grid.scales, dtype=torch.float32) if how.follows else torch.empty_like(like)
+    for rows, columns in blocks(like.shape, _BLOCK):
+        pieces: tuple[Tensor, ...] = ()
+        for i, some in enumerate(columns):
+            found = function(*(t[rows, some] for t in tensors), at[rows], r, how)
+            if isinstance(found, Tensor):
+                result[rows, some] = found
+                continue
+            pieces = pieces or tuple(t.new_empty(len(t), len(columns), how.grid.scales) for t in found)
+            for piece, t in zip(pieces, found, strict=True):
+                piece[:, i] = t
+        if pieces:
+            result[rows] = _scale(pieces, how)
+    return result
+
+
+def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates) -> None:
+    """An update of parameters without a grid, in place, some entries at a time."""
+    for rows, columns in blocks(tensors[0].shape, _BLOCK):
+        for some in columns:
+            function(*(t[rows, some] for t in tensors), r)
 
 
 @functools.cache
@@ -161,7 +181,7 @@ def _mark(*tensors: Tensor) -> None:
     compiled.call(mark, tensors, lambda: mark(*tensors))
 
 
-_LOOPS = Loops(_add_into_bins, _mark, chunk=2**22, intervals=2, fill=True)  # chunks: a flag an entry takes memory
+_LOOPS = Loops(_add_into_bins, _mark, chunk=2**20, intervals=2, fill=True)  # chunks: a flag an entry takes memory
 
 
 @functools.cache
@@ -183,6 +203,9 @@ def _with_numbers(function: Callable[..., Any], how: How, absent: tuple[bool, ..
         one = at[:, :1].clamp(1.0, 1.0)
         values = iter(numbers.unbind() if whole else [number * one for number in numbers.unbind()])
         r = Rates(*[None if missing else next(values) for missing in absent])  # type: ignore[arg-type]
-        return function(*tensors, Last(at, scale), r, how)
+        found = function(*tensors, at, r, how)
+        if isinstance(found, Tensor):
+            return found
+        return _scale(tuple(t.view(len(scale), -1, how.grid.scales) for t in found), how)
 
     return compiled.own_code(with_numbers)

@@ -17,20 +17,9 @@ def one_gradient(batch: Batch, trial: str) -> None:
     if remembered and batch.states[0]["trial_step"] > 0:
         # "past": the last trial gradient stands in for g. "delayed": the last gradient for that of a trial.
         here, there = (remembered, batch.gradients) if trial == "past" else (batch.gradients, remembered)
-        two_gradients(batch, here, there, write=trial != "past")
+        advance(batch, here, there, write=trial != "past")
     else:
-        w, m, v, g = _taken(batch, batch.gradients)
-        _count(batch)
-        r = Rates.of(batch.group, batch.t)
-        if batch.how is None:
-            update.laq(w, m, v, g, r)
-        else:
-            scale = batch.scales()
-            how = batch.how if trial != "past" else batch.how._replace(follows=False)
-            found = passes.run(passes.laq, (w, m, v, g), scale, r, look_aside(batch.t), how, batch.fast)
-            if trial != "past":
-                _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
-        _put(batch, w, m, v)
+        advance(batch, batch.gradients, write=trial != "past")
     if remembered:
         torch._foreach_copy_(remembered, list(batch.gradients))
         for state in batch.states:
@@ -39,18 +28,20 @@ def one_gradient(batch: Batch, trial: str) -> None:
         _hold_next_trial(batch)
 
 
-def two_gradients(batch: Batch, first: Sequence[Tensor], second: Sequence[Tensor], *, write: bool = True) -> None:
-    """Back from the trial point and on with the blend of both gradients."""
-    w, m, v, g = _taken(batch, first)
-    g_trial = batch.take(second).to(m.dtype)
+def advance(batch: Batch, *gradients: Sequence[Tensor], write: bool = True) -> None:
+    """The step with one gradient, or back from the trial point and on with the blend of both; without `write` the parameters
+    are left for a trial point to come.
+    """
+    w, m, v, g = _taken(batch, gradients[0])
+    tensors = (w, m, v, g, *map(batch.take, gradients[1:]))
     _count(batch)
     r = Rates.of(batch.group, batch.t)
     if batch.how is None:
-        update.backtrack(w, m, v, g, g_trial, r)
+        passes.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, r)
     else:
         how = batch.how if write else batch.how._replace(follows=False)
-        aside = look_aside(batch.t)
-        found = passes.run(passes.backtrack, (w, m, v, g, g_trial), batch.scales(), r, aside, how, batch.fast)
+        function = passes.backtrack if len(gradients) > 1 else passes.laq
+        found = passes.run(function, tensors, batch.scales(), r, look_aside(batch.t), how, batch.fast)
         if write:
             _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
     _put(batch, w, m, v)
@@ -72,10 +63,11 @@ def _hold_next_trial(batch: Batch) -> None:
 
 def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
     r = Rates.of(batch.group, batch.t)
-    if batch.how is None:
-        batch.put_new(update.forward(w, m, v, g, r)[0], batch.parameters)
-        return []
     w_trial = _room(batch, w)
+    if batch.how is None:
+        passes.run_float(passes.forward_float, (w_trial, w, m, v, g), r)
+        batch.put(w_trial, batch.parameters)
+        return []
     tensors = (w_trial, w, m, v, g)
     found = passes.run(passes.forward, tensors, batch.scales(), r, look_aside(batch.t), batch.how, batch.fast)
     scale = passes.solve(w_trial, found, batch.how, batch.fast)
@@ -85,7 +77,7 @@ def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Ten
 
 def _taken(batch: Batch, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m = batch.take(batch.state("exp_avg"))
-    return batch.take(batch.latents), m, batch.take(batch.state("exp_avg_sq")), batch.take(gradients).to(m.dtype)
+    return batch.take(batch.latents), m, batch.take(batch.state("exp_avg_sq")), batch.take(gradients)
 
 
 def _put(batch: Batch, w: Tensor, m: Tensor, v: Tensor) -> None:
@@ -99,8 +91,7 @@ def _count(batch: Batch) -> None:
 
 
 def _write(batch: Batch, w: Tensor, scale: Tensor) -> None:
-    for state, piece in zip(batch.states, torch.split(scale, batch.rows), strict=True):
-        state["scale"] = piece.clone() if len(batch.states) > 1 else piece
+    torch._foreach_copy_(batch.state("scale"), list(torch.split(scale, batch.rows)))
     _write_values(batch, w, scale)
 
 

@@ -54,7 +54,8 @@ class Rates(NamedTuple):
 
 
 def advance(m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
-    """Advance both moments with a gradient, in place."""
+    """Advance both moments with a gradient, of any dtype, in place."""
+    g = g.to(m.dtype)
     m.lerp_(g, r.follow1)
     _add_product(v.mul_(r.beta2), g, g, r.follow2)
 
@@ -96,6 +97,7 @@ def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Ra
 
     With a = 1 this is `laq` bit for bit: ``lerp`` of weight 1 is its end.
     """
+    g, g_trial = g.to(m.dtype), g_trial.to(m.dtype)
     v_trial = _add_product(v * r.beta2, g_trial, g_trial, r.follow2)
     _add_product(v.mul_(r.beta2), g, g, r.follow2)
     d = torch.lerp(curvature(v_trial, r), curvature(v, r), r.a)
