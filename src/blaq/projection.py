@@ -17,7 +17,7 @@ from blaq.solvers import alternating, blocks, nearest, sides
 GRANULARITIES = ("tensor", "channel")
 SOLVERS = ("exact", "alternating")
 _BLOCK = 2**18  # entries that are written at once
-_WITHOUT_FLOAT64 = ("mps",)  # devices that cannot add up in float64: the CPU does it for them
+WITHOUT_FLOAT64 = ("mps",)  # devices that cannot add up in float64: the CPU does it for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def solve_scale(
     """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked; `loops` as in `exact`."""
     if w_RN.shape[1] == 0:
         return torch.zeros(w_RN.shape[0], grid.scales, device=w_RN.device)
-    if w_RN.device.type in _WITHOUT_FLOAT64:
+    if w_RN.device.type in WITHOUT_FLOAT64:
         d, start = (None if t is None else t.cpu() for t in (d_RN, start_RS))
         return solve_scale(w_RN.cpu(), d, grid, solver, start).to(w_RN.device)
     d_RN = w_RN.new_ones(()).expand_as(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)  # a single 1 in memory

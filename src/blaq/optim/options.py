@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blaq import projection
 from blaq.grids import Grid
 from blaq.projection import check_solver, row_shape
 
@@ -60,6 +61,11 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
         if parameter.is_meta:
             raise ValueError(
                 f"{owner}: '{name}' is on the meta device and holds no values; materialize the model first."
+            )
+        if grid is not None and parameter.device.type in projection.WITHOUT_FLOAT64:
+            raise ValueError(
+                f"{owner}: '{name}' is on {parameter.device}, which has no float64, and steps add up in it; move the model to "
+                "the CPU, or keep it in float."
             )
         if grid is None and torch.tensor(group["eps"], dtype=parameter.dtype) == 0:
             raise ValueError(
