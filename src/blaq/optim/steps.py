@@ -29,7 +29,9 @@ def one_gradient(batch: Batch, trial: str) -> None:
 
 
 def advance(batch: Batch, *gradients: Sequence[Tensor], write: bool = True) -> None:
-    """The step with one gradient, or back from the trial point and on with the blend of both; without `write` the parameters are left for a trial point to come."""
+    """The step with one gradient, or back from the trial point and on with the blend of both; without `write` the parameters
+    are left for a trial point to come.
+    """
     w, m, v, g = _taken(batch, gradients[0])
     tensors = (w, m, v, g, *map(batch.take, gradients[1:]))
     _count(batch)
