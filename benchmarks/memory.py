@@ -187,8 +187,8 @@ def page(report: dict[str, Any]) -> list[str]:
         "`blaq.memory_report` tells before training, its temporaries (the largest tensor) included. `state` is what",
         "stays after the steps, `start` building the optimizer, `first` the first step, which is solved exactly, `steps` three",
         'more, `eval` what `trial="past"` does to evaluate. AdamW is told 8. "over" marks what is more than a tenth of a',
-        f"byte and {PIECES >> 20} MB (pieces of a tensor) above. Repeat with `python benchmarks/memory.py --out docs/results`, which",
-        "takes `--weights` and `--cases`.",
+        f"byte and {PIECES >> 20} MB (pieces of a tensor) above. Repeat with `python benchmarks/memory.py --out docs/results`,",
+        "which takes `--weights` and `--cases`.",
         "",
         f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
     ]
