@@ -38,14 +38,19 @@ def cells(line: str) -> list[str]:
 
 
 def test_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    step.main(["--weights", "8192", "--threads", "1", "--pairs", "3", "--out", str(tmp_path)])
+    step.main(["--weights", "8192", "--foreach", "8192", "--threads", "1", "--pairs", "3", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "step.json").read_text())
-    assert [table["peer"] for table in report["tables"]] == ["fused", "foreach"]
+    tables = [(table["weights"], table["peer"]) for table in report["tables"]]
+    assert tables == [(8192, "fused"), (8192, "foreach"), ("ResNet-56", "foreach")]
+    over_foreach = {(row["grid"], row["solver"], row["target"]) for row in report["tables"][1]["rows"]}
+    solvers = ("alternating", "exact")
+    assert over_foreach == {(grid, solver, None) for grid in ("binary", *step.GRIDS) for solver in solvers}
     rows = report["tables"][0]["rows"]
     assert [row["grid"] for row in rows] == [case.grid for case in step.CASES]
     assert all(low <= row["ratio"] <= high and low > 0 for row in rows for low, high in [row["range"]])
     text = (tmp_path / "step.md").read_text()
-    assert text.count("| ternary |") == [case.grid for case in step.CASES].count("ternary") + 1  # and ResNet-56
+    # Every case over fused, both solvers over foreach, and ResNet-56.
+    assert text.count("| ternary |") == [case.grid for case in step.CASES].count("ternary") + 2 + 1
     assert "ResNet-56" in capsys.readouterr().out
 
 

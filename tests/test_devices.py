@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import blaq
+from blaq import projection
 from blaq.grids import GRIDS
 
 aten = torch.ops.aten
+REFUSES_FLOAT64 = False  # whether the pretended device does, as Apple's do
 ELSEWHERE = torch.device("lazy", 0)  # a type that torch can guard, but for which a CPU test need not have a backend
 MODES: dict[str, dict[str, Any]] = {
     "none": {"trial": "none"},
@@ -84,6 +86,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = func(*inner_args, **inner_kwargs)
     if not goes:
         return out.clone() if remote and isinstance(out, Tensor) else out
+    if REFUSES_FLOAT64 and any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)):
+        raise TypeError(f"{func}: {ELSEWHERE} does not support float64.")
     same = {id(t.inner): t for t in remote}  # what an operation in place returns
 
     def outer(t: Any) -> Any:
@@ -251,6 +255,32 @@ def test_optimizer(device: torch.device, grid: str, granularity: str | int, solv
     found = train(device, grid, granularity, solver, mode)
     for one, other in zip(found, train(torch.device("cpu"), grid, granularity, solver, mode), strict=True):
         assert_same(one, other)
+
+
+@pytest.fixture
+def without_float64(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(projection, "_WITHOUT_FLOAT64", (ELSEWHERE.type,))
+    monkeypatch.setitem(globals(), "REFUSES_FLOAT64", True)
+    with pytest.raises(TypeError, match="does not support float64"):
+        torch.ones(2, device=device).double()
+    return device
+
+
+@pytest.mark.parametrize("device", ["pretended"], indirect=True)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_projection_without_float64(without_float64: torch.device, grid: str) -> None:
+    test_projection(without_float64, grid)
+
+
+@pytest.mark.parametrize("device", ["pretended"], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("grid", "granularity", "solver"), [("ternary2", "channel", "exact"), ("linear4", 2, "alternating")]
+)
+def test_optimizer_without_float64(
+    without_float64: torch.device, grid: str, granularity: str | int, solver: str, mode: str
+) -> None:
+    test_optimizer(without_float64, grid, granularity, solver, mode)
 
 
 def test_a_device_without_readable_random_state() -> None:

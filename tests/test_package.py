@@ -17,7 +17,6 @@ import blaq
 
 PACKAGE = Path(blaq.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-RESULTS = {"MemoryReport", "Plan", "Quantized"}  # results of functions whose example shows them
 
 # A part may import the parts left of it; tasks know nothing of bits, so they stand apart.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -143,9 +142,8 @@ def test_public_names_are_documented_with_an_example(name: str) -> None:
     value = getattr(blaq, name)
     text = inspect.getdoc(value)
     assert text
-    if name not in RESULTS:
-        assert "Example:" in text
-        assert doctest.DocTestParser().get_examples(text)
+    assert "Example:" in text
+    assert doctest.DocTestParser().get_examples(text)
 
 
 def undocumented(owner: ast.Module | ast.ClassDef, where: str) -> Iterator[str]:

@@ -649,6 +649,14 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "NaN weight": ({"weight": spoiled(float("nan"))}, r"project\(weight\): expected finite values, found 1"),
     "Inf weight": ({"weight": spoiled(float("-inf"))}, r"project\(weight\): expected finite values, found 1"),
+    "a list of weights": ({"weight": [1.0, 2.0]}, r"project\(weight=list\): expected a torch.Tensor\."),
+    "a number as curvature": ({"curvature": 1.0}, r"project\(curvature=float\): expected a torch.Tensor, or None"),
+    "a number as start": (
+        {"start": 1.0, "solver": "alternating"},
+        r"project\(start=float\): expected a torch.Tensor, or None",
+    ),
+    "meta weight": ({"weight": torch.ones(4, 6, device="meta")}, r"project\(weight=meta tensor\): expected a dense"),
+    "sparse weight": ({"weight": torch.eye(4, 6).to_sparse()}, r"project\(weight=torch.sparse_coo\): expected a dense"),
     "integer weight": (
         {"weight": torch.ones(4, 6).long()},
         r"project\(weight=torch.int64\): expected a floating dtype",

@@ -17,6 +17,7 @@ from blaq.solvers import alternating, blocks, nearest, sides
 GRANULARITIES = ("tensor", "channel")
 SOLVERS = ("exact", "alternating")
 _BLOCK = 2**18  # entries that are written at once
+_WITHOUT_FLOAT64 = ("mps",)  # devices that cannot add up in float64: the CPU does it for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,11 @@ class Quantized:
         codes: uint8, shape of the weight: index into ``grid.levels``.
         scale: float32 (rows, 1); ``ternary2``: (rows, 2), the negative and the positive scale.
         values: shape and dtype of the weight: ``scale * levels[codes]``, computed in float32 with one rounding.
+
+    Example:
+        >>> q = project(torch.tensor([0.5, -0.5, 0.5]), None, "binary")
+        >>> q.scale, q.codes, q.scale * Grid.parse("binary").levels[q.codes.long()]
+        (tensor([[0.5000]]), tensor([1, 0, 1], dtype=torch.uint8), tensor([[ 0.5000, -0.5000,  0.5000]]))
     """
 
     codes: Tensor
@@ -70,6 +76,8 @@ def project(
     Source: Hou and Kwok, ICLR 2018, equation 5 and propositions 3.1 to 3.3; Hou et al., ICLR 2017, proposition 3.1.
     """
     grid = Grid.parse(grid)
+    for name, given in (("weight", weight), ("curvature", curvature), ("start", start)):
+        _check_tensor(name, given, optional=name != "weight")
     rows = row_shape(weight.shape, granularity, "project")
     check_solver(solver, "project")
     if start is not None and solver != "alternating":
@@ -103,6 +111,9 @@ def solve_scale(
     """The scales of the projection: float32 (R, S). Arguments as in `project`, in rows, unchecked; `loops` as in `exact`."""
     if w_RN.shape[1] == 0:
         return torch.zeros(w_RN.shape[0], grid.scales, device=w_RN.device)
+    if w_RN.device.type in _WITHOUT_FLOAT64:
+        d, start = (None if t is None else t.cpu() for t in (d_RN, start_RS))
+        return solve_scale(w_RN.cpu(), d, grid, solver, start).to(w_RN.device)
     d_RN = w_RN.new_ones(()).expand_as(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)  # a single 1 in memory
     if solver == "exact":
         return exact(w_RN, d_RN, grid, loops).float()
@@ -198,6 +209,17 @@ def check_finite(tensor: Tensor, what: str) -> None:
             f"{what}: expected finite values, found {bad} NaN or Inf of {tensor.numel()}; look for a learning rate or a loss "
             "scale that is too high."
         )
+
+
+def _check_tensor(name: str, given: object, *, optional: bool) -> None:
+    """Refuse what is no tensor with values in memory."""
+    if given is None and optional:
+        return
+    if not isinstance(given, Tensor):
+        raise ValueError(f"project({name}={type(given).__name__}): expected a torch.Tensor{', or None' * optional}.")
+    if given.layout != torch.strided or given.is_meta:
+        kind = "meta tensor" if given.is_meta else str(given.layout)
+        raise ValueError(f"project({name}={kind}): expected a dense tensor that holds values; convert it first.")
 
 
 def _check_curvature(weight: Tensor, curvature: Tensor) -> None:

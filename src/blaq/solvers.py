@@ -59,12 +59,18 @@ def sides(w_RN: Tensor, d_RN: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]
     return [(torch.where(side, w_RN.abs(), 0.0), torch.where(side, d_RN, 0.0)) for side in (below, ~below)]
 
 
-def sums(u_RN: Tensor, d_RN: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """``S1 = sum d b u`` and ``S2 = sum d b^2`` for the levels nearest at a scale, (R, 1); levels in units of `_unit`.
+def inverse(scale: Tensor) -> Tensor:
+    """One over a scale; 0 where it is 0, as the weights are."""
+    return 1 / torch.where(scale > 0, scale, torch.inf)
+
+
+def sums(u_RN: Tensor, d_RN: Tensor, inverse: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """``S1 = sum d b u`` and ``S2 = sum d b^2`` for the levels nearest at a scale, told by its `inverse`, (R, 1); levels in
+    units of `_unit`.
 
     An entry half way between levels may go to either, as rounding has it.
     """
-    b = _rounded(u_RN * (1 / torch.where(scale > 0, scale, torch.inf)), grid) * (1 / _unit(grid))
+    b = _rounded(u_RN * inverse, grid) * (1 / _unit(grid))
     db = d_RN * b
     return (db * u_RN).sum(1, keepdim=True), (db * b).sum(1, keepdim=True)
 
@@ -90,7 +96,7 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
     moving = largest > 0
     scale = torch.where(moving, scale, 0.0)
     for _ in range(MAX_ROUNDS):
-        both = add_up(lambda u, d, s: torch.cat(sums(u, d, s, grid), 1), u_RN, d_RN, scale.expand_as(u_RN))
+        both = add_up(lambda u, d, s: torch.cat(sums(u, d, s, grid), 1), u_RN, d_RN, inverse(scale).expand_as(u_RN))
         new = torch.where(moving, best_scale(both[:, :1], both[:, 1:], largest, grid), scale)
         moving = (new - scale).abs() > TOLERANCE * scale
         scale = new
@@ -99,44 +105,44 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
     return scale
 
 
-def sums_to_follow(
-    w_RN: Tensor, d_RN: Tensor, grid: Grid, last_RS: Tensor, aside: float | Tensor
-) -> tuple[Tensor, ...]:
-    """What `follow` needs of some entries, (R, S) each: the largest magnitude, and S1 and S2 at the last scale; where the
-    grid needs it, also at another scale, ``1 + aside`` times the last one.
+def looks(scale_RS: Tensor, grid: Grid, aside: float) -> Tensor:
+    """Where `follow` looks: the inverse of the last scales, and of those beside them, ``1 + aside`` times as large, (R, LS).
+
+    The more levels, the less an alternation moves from where it is; ternary grids need no second look.
     """
-    last = last_RS.to(w_RN.dtype)
-    found = [_side_to_follow(u, d, grid, last[:, i : i + 1], aside) for i, (u, d) in enumerate(sides(w_RN, d_RN, grid))]
-    return found[0] if len(found) == 1 else tuple(torch.cat(both, 1) for both in zip(*found, strict=True))
+    more = len(grid.magnitudes) > 2 or not (grid.has_zero or grid.has_closed_form)
+    return inverse(torch.cat([scale_RS, scale_RS * (1 + aside)], 1) if more else scale_RS)
 
 
-def _side_to_follow(
-    u_RN: Tensor, d_RN: Tensor, grid: Grid, last_R1: Tensor, aside: float | Tensor
-) -> tuple[Tensor, ...]:
+def sums_to_follow(w_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor) -> tuple[Tensor, ...]:
+    """What `follow` needs of some entries, (R, S) each: the largest magnitude, then S1 and S2 at every look."""
+    both = enumerate(sides(w_RN, d_RN, grid))
+    found = [_side_to_follow(u, d, grid, looks_RL[:, side :: grid.scales]) for side, (u, d) in both]
+    return found[0] if len(found) == 1 else tuple(torch.cat(of_sides, 1) for of_sides in zip(*found, strict=True))
+
+
+def _side_to_follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor) -> tuple[Tensor, ...]:
     largest = u_RN.amax(1, keepdim=True)
     if grid.has_closed_form:
         s1, s2 = (t.sum(1, keepdim=True, dtype=torch.float64) for t in (d_RN.double() * u_RN, d_RN))
         return largest, s1, s2
-    found = largest, *sums(u_RN, d_RN, last_R1, grid)
-    if len(grid.magnitudes) > 2 or not grid.has_zero:
-        return *found, *sums(u_RN, d_RN, last_R1 * (1 + aside), grid)
-    return found
+    pairs = [sums(u_RN, d_RN, look.unsqueeze(1), grid) for look in looks_RL.unbind(1)]
+    return largest, *(s for pair in pairs for s in pair)
 
 
 def join_to_follow(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What is found of all entries, (R, S), of what is found of some of them each, (pieces, R, S)."""
+    """What is found of whole rows, (R, S), of what is found of their pieces, (R, pieces, S): sums in float64."""
     largest, *others = found
-    return largest.amax(0), *(sums.sum(0) for sums in others)
+    return largest.amax(1), *(of_pieces.sum(1, dtype=torch.float64) for of_pieces in others)
 
 
 def follow(found: tuple[Tensor, ...], grid: Grid) -> Tensor:
     """The scale of the next step of training, from the last one, (R, S): one alternation from the better of two scales.
 
-    Of the last scale and another it takes the levels with the larger S1^2/S2, and the scale that is best for them. The more
-    levels, the less an alternation moves from where it is; ternary grids need no other.
+    Takes the levels with the larger S1^2/S2, and the scale that is best for them.
 
     Args:
-        found: by `sums_to_follow`.
+        found: by `sums_to_follow`, of whole rows.
         grid: the grid.
     """
     largest, s1, s2, *other = found
@@ -144,10 +150,10 @@ def follow(found: tuple[Tensor, ...], grid: Grid) -> Tensor:
         return s1 / s2
     if other:
         # Multiples of the same levels are equally good: rounding must not choose.
-        tie = 1e-12 if s1.dtype == torch.float64 else 1e-6
+        tie = 1e-12 if largest.dtype == torch.float64 else 1e-6
         better = _value(*other) > _value(s1, s2) * (1 + tie)
         s1, s2 = torch.where(better, other[0], s1), torch.where(better, other[1], s2)
-    return best_scale(s1, s2, largest, grid)
+    return best_scale(s1, s2, largest.double(), grid)
 
 
 def look_aside(t: int) -> float:

@@ -284,6 +284,17 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_loaded(what: str, a
     assert_identical(run.train(2).state(), untouched)
 
 
+@pytest.mark.parametrize("method", [blaq.BLAQ, blaq.LAQ])
+@pytest.mark.parametrize(
+    ("state", "found"), [({}, "nothing"), ({"model": {}, "optimizer": {}}, r"\['model', 'optimizer'\]")]
+)
+def test_what_is_no_state_of_an_optimizer_is_refused(method: type[blaq.BLAQ], state: State, found: str) -> None:
+    """A whole checkpoint, say, in place of the optimizer's part of it."""
+    opt = method([{"params": [nn.Parameter(torch.ones(2))], "grid": 1}])
+    with pytest.raises(ValueError, match=rf"load_state_dict\(\): expected what state_dict\(\) returns.*found {found};"):
+        opt.load_state_dict(state)
+
+
 def test_the_same_shapes_in_another_order_are_refused() -> None:
     """Groups of the same sizes, grids and shapes, but each weight would get the state of the other."""
 

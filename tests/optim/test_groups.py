@@ -326,6 +326,11 @@ def frozen_conv1() -> nn.Module:
 
 ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     # model, arguments, whole message
+    (
+        lambda: ConvNet().parameters(),
+        {"bits": 1},
+        "param_groups(model=generator): expected a torch.nn.Module; pass the model itself, ...",
+    ),
     (ConvNet, {"bits": 9}, "param_groups(bits=9): Grid.parse(9): expected 1 to 8 bits, or a name such as 'ternary'."),
     (
         ConvNet,

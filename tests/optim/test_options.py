@@ -178,6 +178,25 @@ def test_wrong_options(place: str, options: dict[str, Any], message: str) -> Non
     assert len(opt.param_groups) == 1
 
 
+@pytest.mark.parametrize("method", [blaq.BLAQ, blaq.LAQ])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"params": nn.Linear(2, 2)}, r"\(params=Linear\): expected param groups; build them with blaq.param_groups"),
+        ({"params": nn.Sequential(nn.Linear(2, 2))}, r"\(params=Sequential\): expected param groups"),
+        ({"module": "model"}, r"\(module=str\): expected the model, for its buffers, or None"),
+        ({"compile": "no"}, r"\(compile='no'\): expected True, False, or None"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(method: type[blaq.BLAQ], arguments: dict[str, Any], message: str) -> None:
+    p = parameter(1)
+    value = p.detach().clone()
+    with pytest.raises(ValueError, match=rf"^{method.__name__}{message}"):
+        method(**{"params": [{"params": [p], "grid": 2}], **arguments})
+    assert torch.equal(p, value)
+
+
 @pytest.mark.parametrize("mode", ["past", "delayed", "none"])
 def test_only_fresh_skips_trials(mode: str) -> None:
     message = rf"BLAQ\(trial='{mode}', trial_every=2\): only trial='fresh' skips trials; leave it at 1"
@@ -229,9 +248,10 @@ def test_wrong_groups(group: dict[str, Any], message: str) -> None:
     ],
     ids=["complex", "meta", "integer"],
 )
-def test_wrong_parameters(p: nn.Parameter, message: str) -> None:
+@pytest.mark.parametrize("grid", [2, None])
+def test_wrong_parameters(p: nn.Parameter, message: str, grid: int | None) -> None:
     with pytest.raises(ValueError, match=message):
-        blaq.BLAQ([{"params": [parameter(1)], "grid": 2}, {"params": [p], "grid": 2}])
+        blaq.BLAQ([{"params": [parameter(1)], "grid": 2}, {"params": [p], "grid": grid}])
 
 
 def test_a_stranger_is_no_parameter() -> None:
@@ -240,6 +260,8 @@ def test_a_stranger_is_no_parameter() -> None:
     for look in (opt.latent, opt.codes, opt.scale):
         with pytest.raises(ValueError, match=r"LAQ: the tensor of shape \(6,\) is no parameter of this optimizer"):
             look(parameter(3))
+    with pytest.raises(ValueError, match=r"LAQ: 'fc.weight' is no parameter of this optimizer"):
+        opt.latent("fc.weight")  # type: ignore[arg-type]
     assert torch.equal(opt.latent(q), q)
     for look in (opt.codes, opt.scale):
         with pytest.raises(ValueError, match=r"'group 1 \[0\]' has no grid; its value is the parameter itself"):

@@ -11,13 +11,19 @@ from torch import Tensor, nn
 import blaq
 from blaq.bins import PLAIN
 from blaq.exact import exact
-from blaq.optim import batches, passes
+from blaq.optim import batches, compiled, passes
 
 
 @pytest.fixture(autouse=True)
 def working_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test finds out about the compiler is forgotten after it."""
-    monkeypatch.setattr(passes._Compiler, "broken", False)
+    monkeypatch.setattr(compiled._Compiler, "broken", False)
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has compiled nothing."""
+    monkeypatch.setattr(compiled._Compiler, "codes", {})
+    monkeypatch.setattr(compiled._Compiler, "of", staticmethod(compiled._Compiler.of.__wrapped__))
 
 
 class Net(nn.Module):
@@ -91,10 +97,10 @@ def assert_close(one: blaq.BLAQ, other: blaq.BLAQ, rtol: float) -> None:
     ids=lambda settings: settings["grid"],
 )
 def test_compiled_equals_uncompiled(settings: dict[str, Any]) -> None:
-    plain, compiled = (trained(4, compile=compile, **settings) for compile in (False, True))
-    assert not passes._Compiler.broken
+    plain, fast = (trained(4, compile=compile, **settings) for compile in (False, True))
+    assert not compiled._Compiler.broken
     # The last digit may differ, as compilers add up in another order: levels at a threshold then are the exception.
-    assert_close(plain, compiled, rtol=2e-4)
+    assert_close(plain, fast, rtol=2e-4)
 
 
 @pytest.mark.usefixtures("working_compiler")
@@ -108,7 +114,7 @@ def test_the_exact_solver_is_the_same_with_compiled_loops(grid: str, monkeypatch
         loops = passes._LOOPS._replace(chunk=chunk)
         found, expected = (exact(w, d, blaq.Grid.parse(grid), of) for of in (loops, PLAIN))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    assert not passes._Compiler.broken
+    assert not compiled._Compiler.broken
 
 
 def test_without_a_compiler_steps_run_uncompiled_with_one_line_in_the_log(
@@ -118,18 +124,17 @@ def test_without_a_compiler_steps_run_uncompiled_with_one_line_in_the_log(
         raise RuntimeError("no compiler here\nand details")
 
     monkeypatch.setattr(torch, "compile", fails)
-    passes._compiled.cache_clear()
+    forget(monkeypatch)
     with caplog.at_level(logging.WARNING, "blaq"):
-        compiled = trained(3, compile=True)
-    passes._compiled.cache_clear()
+        ended = trained(3, compile=True)
     assert [record.getMessage() for record in caplog.records] == [
         "torch.compile does not work here, steps run uncompiled (slower): no compiler here and details"
     ]
-    assert_close(trained(3, compile=False), compiled, rtol=0)
+    assert_close(trained(3, compile=False), ended, rtol=0)
 
 
 def test_small_networks_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_compiled", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(compiled, "call", lambda *_: pytest.fail("compiled"))
     trained(2)
     large = nn.Linear(1024, 1024, bias=False)
     opt = blaq.LAQ(blaq.param_groups(large, 1))

@@ -112,6 +112,11 @@ def test_refusals() -> None:
         plan([{"params": (p for p in [torch.zeros(2)])}])
     with pytest.raises(ValueError, match=r"^plan: group 0 is no param group"):
         plan(nn.Linear(2, 2).parameters())  # type: ignore[arg-type]
+    for what, name in ((nn.Linear(2, 2), "Linear"), (torch.optim.SGD([torch.zeros(1)]), "SGD"), (None, "NoneType")):
+        with pytest.raises(
+            ValueError, match=rf"^plan\({name}\): expected param groups; pass what param_groups returns"
+        ):
+            plan(what)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^plan: 'w'\(granularity=5\): expected a divisor of the 3 inputs"):
         plan([{"params": [torch.zeros(2, 3)], "param_names": ["w"], "grid": 2, "granularity": 5}])
 

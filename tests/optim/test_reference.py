@@ -8,6 +8,7 @@ from torch import Tensor
 
 import blaq
 from blaq.grids import GRIDS
+from blaq.optim import compiled
 from blaq.optim.reference import Parameter, ReferenceOptimizer
 
 STEPS = 50
@@ -54,14 +55,22 @@ def assert_same(production: Tensor, expected: list[float], what: str) -> None:
     )
 
 
-def run(grid: str, granularity: str | int, solver: str, mode: dict[str, object], **options: float) -> None:
+def run(
+    grid: str,
+    granularity: str | int,
+    solver: str,
+    mode: dict[str, object],
+    *,
+    compile: bool = False,
+    **options: float,
+) -> None:
     problem = Problem()
     weight, bias = (torch.nn.Parameter(t.clone()) for t in (problem.weight, problem.bias))
     groups = [
         {"params": [weight], "grid": grid, "granularity": granularity, "solver": solver},
         {"params": [bias], "grid": None},
     ]
-    opt = blaq.BLAQ(groups, lr=0.03, **mode, **options)  # type: ignore[arg-type]
+    opt = blaq.BLAQ(groups, lr=0.03, compile=compile, **mode, **options)  # type: ignore[arg-type]
     grid_ = blaq.Grid.parse(grid)
     row_size = {"tensor": None, "channel": SHAPE[1]}.get(granularity, granularity)  # type: ignore[call-overload]
     theirs = [
@@ -132,3 +141,17 @@ def test_equals_the_reference(grid: str, granularity: str | int, mode: dict[str,
 )
 def test_options_equal_the_reference(options: dict[str, float], mode: dict[str, object]) -> None:
     run("linear3", "channel", "exact", mode, **options)
+
+
+@pytest.mark.parametrize(
+    ("grid", "granularity", "solver", "mode"),
+    [
+        ("ternary2", "tensor", "alternating", "fresh"),
+        ("midrise3", "group", "alternating", "past"),
+        ("binary", "channel", "exact", "delayed"),
+    ],
+)
+def test_compiled_steps_equal_the_reference(grid: str, granularity: str, solver: str, mode: str) -> None:
+    """As large networks take them."""
+    run(grid, GRANULARITIES[granularity], solver, MODES[mode], compile=True, weight_decay=0.02, clip=0.9)
+    assert not compiled._Compiler.broken

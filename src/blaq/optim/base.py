@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from blaq.optim import checkpoint, held, update
+from blaq.optim import checkpoint, compiled, held, update
 from blaq.optim.batches import Batch
 from blaq.optim.observer import StepObserver
 from blaq.optim.options import (
@@ -21,12 +21,12 @@ from blaq.optim.options import (
     REMEMBERING,
     SHARED,
     TRIALS,
+    check_arguments,
     check_group,
     check_options,
     check_trial_every,
     parameter_name,
 )
-from blaq.optim.passes import COMPILED_FROM
 from blaq.optim.update import Group
 
 
@@ -42,6 +42,7 @@ class LatentOptimizer(Optimizer):
         self, params: ParamsT, options: dict[str, Any], module: nn.Module | None, compile: bool | None = None
     ) -> None:
         check_options(self._owner, options)
+        check_arguments(self._owner, params, module, compile)
         self.module = module
         self.compile = compile
         self.observers: list[StepObserver] = []
@@ -293,9 +294,9 @@ class LatentOptimizer(Optimizer):
     def _fast(self) -> bool:
         """Whether the passes over the weights are compiled."""
         if self.compile is not None:
-            return bool(self.compile)
+            return self.compile
         weights = sum(p.numel() for group in self.param_groups if group["grid"] is not None for p in group["params"])
-        return int(weights) >= COMPILED_FROM
+        return int(weights) >= compiled.COMPILED_FROM
 
     def _scale_held(self, p: Tensor) -> Tensor:
         """The scale of what p holds now."""
@@ -336,7 +337,8 @@ class LatentOptimizer(Optimizer):
         for group in self.param_groups:
             if any(p is q for q in group["params"]):
                 return group
-        raise ValueError(f"{self._owner}: the tensor of shape {tuple(p.shape)} is no parameter of this optimizer.")
+        what = f"the tensor of shape {tuple(p.shape)}" if isinstance(p, Tensor) else repr(p)
+        raise ValueError(f"{self._owner}: {what} is no parameter of this optimizer.")
 
     def _name(self, p: Tensor) -> str:
         for index, group in enumerate(self.param_groups):

@@ -17,7 +17,7 @@ from blaq.optim.passes import How
 from blaq.optim.update import Group
 
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
-BATCH_UP_TO = 2**20  # weights of parameters together: what is copied stays in cache, and takes little memory
+BATCH_UP_TO = 2**18  # weights of parameters together: what is copied stays in cache, in memory that is used again
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,11 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
     Raises:
         ValueError: see above; also a state of another optimizer, or of a newer format.
     """
+    if not {"state", "param_groups"} <= set(saved):
+        raise ValueError(
+            f"{owner}.load_state_dict(): expected what state_dict() returns, with 'state' and 'param_groups', found "
+            f"{sorted(map(str, saved)) or 'nothing'}; pass the optimizer's part of the checkpoint."
+        )
     sizes, saved_sizes = ([len(group["params"]) for group in side] for side in (groups, saved["param_groups"]))
     if sizes != saved_sizes:
         raise ValueError(

@@ -38,10 +38,13 @@ def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], 
     Raises:
         ValueError: a gradient or latent weight that is NaN, Inf or too large to square, by name.
     """
-    bad = _too_large([(entry.p, entry.grad) for entry in entries])
+    gradients = [(entry.p, entry.grad) for entry in entries]
+    latents = [(entry.p, entry.latent) for entry in entries if entry.latent is not None]
+    if _all_small([t for _, t in gradients + latents]):
+        return True
+    bad, latent = ([p for p, t in of if not _all_small([t])] for of in (gradients, latents))
     if bad and scaled and not all(entry.grad.isfinite().all() for entry in entries):
         return False
-    latent = _too_large([(entry.p, entry.latent) for entry in entries if entry.latent is not None])
     for what, parameters in (("the gradient", bad), ("the latent weight", latent)):
         if parameters:
             names = ", ".join(repr(name(p)) for p in parameters)
@@ -52,10 +55,23 @@ def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], 
     return True
 
 
-def _too_large(tensors: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """The parameters of tensors whose norm, squared, is not finite: the moment adds up squares. One synchronisation."""
-    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for _, t in tensors]
-    finite = [square.isfinite() for square in torch._foreach_mul(norms, norms)] if norms else []
-    if not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
-        return []
-    return [p for (p, _), good in zip(tensors, finite, strict=True) if not good]
+def _all_small(tensors: list[Tensor]) -> bool:
+    """Whether the squared norms of tensors are finite: the moment adds up squares. One synchronisation."""
+    if not tensors:
+        return True
+    squares = [_square(t) for t in tensors]
+    like = squares[0]
+    if all(square.device == like.device and square.dtype == like.dtype for square in squares):
+        finite = torch.stack(squares).isfinite()
+    else:
+        finite = torch.stack([square.isfinite().to(like.device) for square in squares])
+    return bool(finite.all())
+
+
+def _square(t: Tensor) -> Tensor:
+    if t.is_contiguous() and t.dtype in (torch.float32, torch.float64):
+        flat = t.view(-1)
+        square: Tensor = torch.dot(flat, flat)  # on several threads, which a norm is not
+        return square
+    norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+    return norm * norm

@@ -92,6 +92,11 @@ def param_groups(
         linear4 ['3.weight'] ['']
         None ['0.bias', '1.weight', '1.bias', '3.bias'] ['bias', 'normalisation', 'normalisation', 'bias']
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"param_groups(model={type(model).__name__}): expected a torch.nn.Module; pass the model itself, its modules tell "
+            "which parameters are biases and normalisation."
+        )
     default = Scheme(grid_or_float(bits, f"param_groups(bits={bits!r})"), granularity, solver)
     check_scheme(default, "param_groups")
     if rules is not None and not isinstance(rules, Mapping):

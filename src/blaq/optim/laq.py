@@ -50,7 +50,7 @@ class LAQ(BLAQ):
         Raises:
             ValueError: as there; also a state whose steps take a trial.
         """
-        for group in state_dict["param_groups"]:
+        for group in state_dict.get("param_groups", ()):
             if group.get("trial", "none") != "none":
                 raise ValueError(
                     f"LAQ.load_state_dict(): checkpoint has trial={group['trial']!r}; load it into blaq.BLAQ, and set trial "

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from blaq.optim.base import LatentOptimizer
 from blaq.optim.batches import BATCH_UP_TO, TOGETHER_UP_TO
 from blaq.optim.options import REMEMBERING, TRIALS
-from blaq.optim.plan import SCALE_BYTES, plan, size
+from blaq.optim.plan import SCALE_BYTES, listed, plan, size
 from blaq.projection import widen
 
 _COPIES = 6  # of what is stepped together: latent weight, both moments, up to two gradients, values
@@ -69,6 +69,13 @@ class MemoryReport:
         temporaries: what building the optimizer, a step and `eval` use for a moment at most: as much as the largest parameter
             in the dtype of its moments, or the copies of small parameters that are stepped together. Beside it come pieces
             of a few MB that are looked at together, and what the exact solver picks to sort, some percent of the tensor.
+
+    Example:
+        >>> from torch import nn
+        >>> from blaq.optim.groups import param_groups
+        >>> report = memory_report(param_groups(nn.Linear(1000, 10, bias=False), bits=1), trial="past")
+        >>> report.rows[0].remembered, report.total.aside, report.temporaries
+        (40000, 40004, 40000)
     """
 
     trial: str
@@ -131,9 +138,10 @@ def memory_report(
             f"memory_report({type(groups_or_optimizer).__name__}): expected an optimizer of blaq; to learn what BLAQ would "
             "take in its place, pass its param_groups."
         )
-    groups = list(
+    given = (
         groups_or_optimizer.param_groups if isinstance(groups_or_optimizer, LatentOptimizer) else groups_or_optimizer
     )
+    groups = listed(given, "memory_report")
     planned = plan(groups).rows
     if trial is None:
         trial = next((group["trial"] for group in groups if "trial" in group), "fresh")

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blaq.grids import Grid
 from blaq.projection import check_solver, row_shape
@@ -55,7 +55,7 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
     check_solver(group["solver"], owner)
     for position, parameter in enumerate(group["params"]):
         name = parameter_name(group, index, position)
-        if parameter.is_complex() or (grid is not None and not parameter.is_floating_point()):
+        if not parameter.is_floating_point():
             raise ValueError(f"{owner}: '{name}' is {parameter.dtype}; expected a real floating dtype.")
         if parameter.is_meta:
             raise ValueError(
@@ -67,6 +67,19 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
             )
         if grid is not None:
             row_shape(parameter.shape, group["granularity"], f"{owner}: '{name}' ")
+
+
+def check_arguments(owner: str, params: object, module: object, compile: object) -> None:
+    """Check what the constructor takes besides the options of groups."""
+    if isinstance(params, nn.Module):
+        raise ValueError(
+            f"{owner}(params={type(params).__name__}): expected param groups; build them with "
+            "blaq.param_groups(model, bits=...)."
+        )
+    if module is not None and not isinstance(module, nn.Module):
+        raise ValueError(f"{owner}(module={type(module).__name__}): expected the model, for its buffers, or None.")
+    if compile is not None and not isinstance(compile, bool):
+        raise ValueError(f"{owner}(compile={compile!r}): expected True, False, or None (from 2^18 weights on).")
 
 
 def check_options(owner: str, options: dict[str, Any]) -> None:

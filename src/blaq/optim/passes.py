@@ -5,9 +5,6 @@ memory twice a step: once to advance moments and latent weights and to add up wh
 """
 
 import functools
-import logging
-import types
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,25 +14,17 @@ from torch.autograd.graph import increment_version
 
 from blaq.bins import PLAIN, Loops, add_into_bins, mark
 from blaq.grids import Grid
-from blaq.optim import update
+from blaq.optim import compiled, update
 from blaq.optim.update import Rates
 from blaq.projection import dequantize, nearest_levels, solve_scale, write_values
-from blaq.solvers import blocks, follow, join_to_follow, sums_to_follow
+from blaq.solvers import blocks, follow, join_to_follow, looks, sums_to_follow
 
-# Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
-COMPILED_FROM = 2**18
-# What the compiler is told, by what a pass goes over.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "row": {},
-    # Rows that are added up on their own are loops of their own: better to compute an entry twice than to store it between.
-    "rows": {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000},
-    # One addition after the other: faster than atomic ones on few threads, and the same in every run.
-    "bins": {"cpp.threads": 1},
-}
 _BLOCK = 2**16  # entries that an uncompiled pass goes over at once
-_COMPILERS = (2, 13)  # torch from which compiled sums are as exact as those of torch itself
-
-_log = logging.getLogger("blaq")
+LONGEST_PIECE = 4096  # entries that are added up as they come
+SHORTEST_PIECE = 64  # shorter ones do not pay for their loop
+_IN_ORDER = (
+    ("cpp.threads", 1),
+)  # one addition after the other: faster than atomic ones on few threads, and repeatable
 
 
 class How(NamedTuple):
@@ -51,33 +40,21 @@ Found = Tensor | tuple[Tensor, ...]
 """Of some entries: what `follow` makes a scale of, where the pass follows; else the metric d."""
 
 
-def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How) -> Found:
+def laq(w: Tensor, m: Tensor, v: Tensor, g: Tensor, looks: Tensor, r: Rates, how: How) -> Found:
     """A step of LAQ, in place."""
-    return _found(w, update.laq(w, m, v, g, r), scale, aside, how)
+    return _found(w, update.laq(w, m, v, g, r), looks, how)
 
 
-def forward(
-    to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, scale: Tensor, aside: float | Tensor, r: Rates, how: How
-) -> Found:
+def forward(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, looks: Tensor, r: Rates, how: How) -> Found:
     """Write the trial point w* into a tensor."""
     w_trial, d = update.forward(w, m, v, g, r)
     to.copy_(w_trial)
-    return _found(w_trial, d, scale, aside, how)
+    return _found(w_trial, d, looks, how)
 
 
-def backtrack(
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    g: Tensor,
-    g_trial: Tensor,
-    scale: Tensor,
-    aside: float | Tensor,
-    r: Rates,
-    how: How,
-) -> Found:
+def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, looks: Tensor, r: Rates, how: How) -> Found:
     """The step with both gradients, in place."""
-    return _found(w, update.backtrack(w, m, v, g, g_trial, r), scale, aside, how)
+    return _found(w, update.backtrack(w, m, v, g, g_trial, r), looks, how)
 
 
 def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
@@ -100,52 +77,70 @@ def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     if how.follows:
         return found
     d = None if how.curvature == "unit" else found
-    return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and _Compiler.usable() else PLAIN)
+    return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and compiled.usable() else PLAIN)
 
 
-def _found(w: Tensor, d: Tensor, scale: Tensor, aside: float | Tensor, how: How) -> Found:
+def _found(w: Tensor, d: Tensor, looks: Tensor, how: How) -> Found:
     if not how.follows:
         return d
-    return sums_to_follow(w, torch.ones_like(d) if how.curvature == "unit" else d, how.grid, scale, aside)
+    return sums_to_follow(w, torch.ones_like(d) if how.curvature == "unit" else d, how.grid, looks)
 
 
-def _scale_or_metric(found: Found, how: How) -> Tensor:
-    return found if isinstance(found, Tensor) else follow(found, how.grid).float()
+def _scale(found: tuple[Tensor, ...], how: How) -> Tensor:
+    """The scale, float32 (R, S), from what was found of every piece of a row, (R, pieces, S)."""
+    return follow(join_to_follow(found), how.grid).float()
 
 
 # --- compiled or not ------------------------------------------------------------------------------------------------------
 
 
-def run(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How, fast: bool) -> Any:
-    """A pass over tensors, compiled where `fast` and where it can be: the scales (R, S) where it follows, else the metric d."""
-    if how.follows and not tensors[0].numel():
-        return tensors[-1]
-    if not fast or not _Compiler.usable():
-        return _in_blocks(function, tensors, r, aside, how)
-    like = tensors[0]
-    given = [value for value in (aside, *r) if value is not None]
-    numbers = torch.tensor(given, dtype=like.dtype, device=like.device)
-    absent = tuple(value is None for value in (aside, *r))
-    key = (function, how, absent, "rows" if tensors[-1].shape[0] > 1 else "row")
-    return _Compiler.call(key, (*tensors, numbers), lambda: _in_blocks(function, tensors, r, aside, how))
+def run(
+    function: Callable[..., Found],
+    tensors: tuple[Tensor, ...],
+    scale: Tensor,
+    r: Rates,
+    aside: float,
+    how: How,
+    fast: bool,
+) -> Tensor:
+    """A pass over matrices in rows, compiled where `fast` and where it can be: from their last scales (R, S) to the next, where
+    it follows; else the metric d.
+    """
+    rows, columns = tensors[0].shape
+    if how.follows and not columns:
+        return scale
+    at = looks(scale.to(tensors[0].dtype), how.grid, aside)
+    if not fast or not compiled.usable() or not columns:
+        return _in_blocks(function, tensors, at, r, how)
+    piece = _piece(columns)
+    count = columns // piece if piece else 1
+    pieces = tuple(t.view(rows * count, -1) for t in tensors)
+    at_pieces = at.repeat_interleave(count, 0) if count > 1 else at
+    numbers = torch.tensor([number for number in r if number is not None], dtype=at.dtype, device=at.device)
+    found: Tensor = compiled.call(
+        _with_numbers(function, how, tuple(number is None for number in r), piece is None),
+        (*pieces, at_pieces, scale, numbers),
+        lambda: _in_blocks(function, tensors, at, r, how),
+    )
+    return found if how.follows else found.view(rows, columns)
 
 
-def _in_blocks(function: Callable[..., Found], tensors: tuple[Tensor, ...], r: Rates, aside: float, how: How) -> Tensor:
+def _in_blocks(function: Callable[..., Found], tensors: tuple[Tensor, ...], at: Tensor, r: Rates, how: How) -> Tensor:
     """A pass as it is, some entries at a time: what it makes for a moment stays small, and in cache."""
-    *whole, scale = tensors
-    result = torch.empty_like(scale if how.follows else whole[0])
-    for rows, columns in blocks(whole[0].shape, _BLOCK):
+    like = tensors[0]
+    result = like.new_empty(len(at), how.grid.scales, dtype=torch.float32) if how.follows else torch.empty_like(like)
+    for rows, columns in blocks(like.shape, _BLOCK):
         pieces: tuple[Tensor, ...] = ()
         for i, some in enumerate(columns):
-            found = function(*(t[rows, some] for t in whole), scale[rows], aside, r, how)
+            found = function(*(t[rows, some] for t in tensors), at[rows], r, how)
             if isinstance(found, Tensor):
                 result[rows, some] = found
                 continue
-            pieces = pieces or tuple(t.new_empty(len(columns), *t.shape) for t in found)
+            pieces = pieces or tuple(t.new_empty(len(t), len(columns), how.grid.scales) for t in found)
             for piece, t in zip(pieces, found, strict=True):
-                piece[i] = t
+                piece[:, i] = t
         if pieces:
-            result[rows] = _scale_or_metric(join_to_follow(pieces), how)
+            result[rows] = _scale(pieces, how)
     return result
 
 
@@ -156,78 +151,61 @@ def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rate
             function(*(t[rows, some] for t in tensors), r)
 
 
+@functools.cache
+def _piece(columns: int) -> int | None:
+    """The pieces that rows are added up in: as long as divides them, up to 4096; None where only short ones do.
+
+    The compiler adds up as many in float32, as they come; with more it takes care of rounding, which takes longer than
+    all the rest of a pass.
+    """
+    longest = max(piece for piece in range(1, min(columns, LONGEST_PIECE) + 1) if columns % piece == 0)
+    return longest if longest >= min(columns, SHORTEST_PIECE) else None
+
+
 def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
     """`write`, compiled where `fast` and where it can be; w may be p itself."""
-    if fast and _Compiler.usable():
+    if fast and compiled.usable():
         how = How(how.grid, False, "adam")  # the rest makes no difference here
         function, tensors = (write_over, (p, scale)) if p.data_ptr() == w.data_ptr() else (write, (p, w, scale))
-        _Compiler.call((function, how, None, "row"), tensors, lambda: write_values(p, w, scale, how.grid))
+        compiled.call(_with_how(function, how), tensors, lambda: write_values(p, w, scale, how.grid))
         increment_version(p)  # the alias that was written to has a count of its own
     else:
         write_values(p, w, scale, how.grid)
 
 
 def _add_into_bins(*tensors: Tensor) -> None:
-    _Compiler.call((add_into_bins, None, None, "bins"), tensors, lambda: add_into_bins(*tensors))
+    compiled.call(add_into_bins, tensors, lambda: add_into_bins(*tensors), _IN_ORDER)
 
 
 def _mark(*tensors: Tensor) -> None:
-    _Compiler.call((mark, None, None, "row"), tensors, lambda: mark(*tensors))
+    compiled.call(mark, tensors, lambda: mark(*tensors))
 
 
 _LOOPS = Loops(_add_into_bins, _mark, chunk=2**20, intervals=2, fill=True)  # chunks: a flag an entry takes memory
 
 
-class _Compiler:
-    """torch.compile, once for a pass and how it is used; given up, with a line in the log, where it does not work."""
+@functools.cache
+def _with_how(function: Callable[..., Any], how: How) -> Callable[..., Any]:
+    def with_how(*tensors: Tensor) -> Any:
+        return function(*tensors, how)
 
-    broken = False
-
-    @classmethod
-    def usable(cls) -> bool:
-        return not cls.broken and not torch.compiler.is_compiling()
-
-    @classmethod
-    def call(
-        cls,
-        key: tuple[Callable[..., Any], How | None, tuple[bool, ...] | None, str],
-        tensors: tuple[Tensor, ...],
-        plain: Callable[[], Any],
-    ) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the compiler about torch's own code
-                return _compiled(*key)(*map(_alias, tensors))
-        except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
-            cls.broken = True
-            _log.warning(
-                "torch.compile does not work here, steps run uncompiled (slower): %s", " ".join(str(error).split()[:40])
-            )
-            return plain()
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory, as no view of anything: the compiler looks at what a view is of, and compiles anew for other shapes."""
-    memory = tensor.untyped_storage()
-    return tensor.new_empty(0).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return compiled.own_code(with_how)
 
 
 @functools.cache
-def _compiled(
-    function: Callable[..., Any], how: How | None, absent: tuple[bool, ...] | None, over: str
-) -> Callable[..., Any]:
-    """The pass with its numbers in one tensor, the last argument; those absent are None."""
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _COMPILERS:
-        raise RuntimeError(f"torch {torch.__version__} is older than {'.'.join(map(str, _COMPILERS))}")
+def _with_numbers(function: Callable[..., Any], how: How, absent: tuple[bool, ...], whole: bool) -> Callable[..., Any]:
+    """The pass with its numbers in one tensor, the last argument; those absent are None. `whole`: rows are not in pieces."""
 
     def with_numbers(*arguments: Tensor) -> Any:
-        if absent is None:
-            return function(*arguments, how) if how is not None else function(*arguments)
-        *tensors, numbers = arguments
-        values = iter(numbers.unbind())
-        aside, *rates = [None if missing else next(values) for missing in absent]
-        return _scale_or_metric(function(*tensors, aside, Rates(*rates), how), how)  # type: ignore[arg-type]
+        *tensors, at, scale, numbers = arguments
+        # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
+        # not join, and computes every entry twice.
+        one = at[:, :1].clamp(1.0, 1.0)
+        values = iter(numbers.unbind() if whole else [number * one for number in numbers.unbind()])
+        r = Rates(*[None if missing else next(values) for missing in absent])  # type: ignore[arg-type]
+        found = function(*tensors, at, r, how)
+        if isinstance(found, Tensor):
+            return found
+        return _scale(tuple(t.view(len(scale), -1, how.grid.scales) for t in found), how)
 
-    # torch.compile keeps what it compiled with the code object, and only some of it: each pass has one of its own.
-    own = types.FunctionType(with_numbers.__code__.replace(), globals(), closure=with_numbers.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS[over])
+    return compiled.own_code(with_numbers)

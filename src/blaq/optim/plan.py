@@ -60,6 +60,13 @@ class Plan:
 
     Attributes:
         rows: one for each parameter, in the order of the groups.
+
+    Example:
+        >>> from torch import nn
+        >>> from blaq.optim.groups import param_groups
+        >>> found = plan(param_groups(nn.Linear(64, 10), bits=1))
+        >>> found.rows[0].scheme, found.quantized_weights, found.bytes_packed, round(found.ratio)
+        ('binary', 640, 124, 21)
     """
 
     rows: tuple[PlanRow, ...]
@@ -134,7 +141,7 @@ def plan(groups: Iterable[Mapping[str, Any]]) -> Plan:
         total: 640 quantized, 10 float; 240 B packed, 2.6 kB in float32 (10.8x); 2.95 bits a weight
     """
     rows: list[PlanRow] = []
-    for index, group in enumerate(groups):
+    for index, group in enumerate(listed(groups, "plan")):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
             raise ValueError(
                 f"plan: group {index} is no param group with a list 'params'; "
@@ -145,6 +152,16 @@ def plan(groups: Iterable[Mapping[str, Any]]) -> Plan:
         notes = group.get("notes") or [""] * len(params)
         rows += [_row(p, name, note, group) for p, name, note in zip(params, names, notes, strict=True)]
     return Plan(tuple(rows))
+
+
+def listed(groups: Iterable[Mapping[str, Any]], owner: str) -> list[Mapping[str, Any]]:
+    """Param groups as a list; refuses a model, an optimizer, or anything else that is none of them."""
+    if not isinstance(groups, Iterable):
+        raise ValueError(
+            f"{owner}({type(groups).__name__}): expected param groups; pass what param_groups returns, or "
+            "optimizer.param_groups."
+        )
+    return list(groups)
 
 
 def size(count: int) -> str:

@@ -41,7 +41,7 @@ def advance(batch: Batch, *gradients: Sequence[Tensor], write: bool = True) -> N
     else:
         how = batch.how if write else batch.how._replace(follows=False)
         function = passes.backtrack if len(gradients) > 1 else passes.laq
-        found = passes.run(function, (*tensors, batch.scales()), r, look_aside(batch.t), how, batch.fast)
+        found = passes.run(function, tensors, batch.scales(), r, look_aside(batch.t), how, batch.fast)
         if write:
             _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
     _put(batch, w, m, v)
@@ -68,8 +68,8 @@ def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Ten
         passes.run_float(passes.forward_float, (w_trial, w, m, v, g), r)
         batch.put(w_trial, batch.parameters)
         return []
-    tensors = (w_trial, w, m, v, g, batch.scales())
-    found = passes.run(passes.forward, tensors, r, look_aside(batch.t), batch.how, batch.fast)
+    tensors = (w_trial, w, m, v, g)
+    found = passes.run(passes.forward, tensors, batch.scales(), r, look_aside(batch.t), batch.how, batch.fast)
     scale = passes.solve(w_trial, found, batch.how, batch.fast)
     _write_values(batch, w_trial, scale)
     return list(torch.split(scale, batch.rows))
