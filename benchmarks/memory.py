@@ -25,6 +25,7 @@ import blaq
 
 COLUMNS = 4096
 MANY = 2**16  # weights of each of many tensors: as large as those that are stepped together can be
+PIECES = 2**24  # bytes for pieces that are looked at together, however large the tensors
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -165,11 +166,12 @@ def limits(row: dict[str, Any]) -> dict[str, float]:
 
 
 def cell(row: dict[str, Any], stage: str) -> str:
-    """Bytes a weight measured, and the limit; what exceeds it by more than a tenth of a byte is marked."""
+    """Bytes a weight measured, and the limit; what exceeds it by more than a tenth of a byte, and pieces, is marked."""
     if stage not in row["measured"]:
         return ""
     measured, limit = row["measured"][stage] / row["weights"], limits(row)[stage] / row["weights"]
-    return f"{measured:.1f} / {limit:.1f}{' over' if measured > limit + 0.1 else ''}"
+    room = 0.1 + (PIECES / row["weights"] if stage != "state" else 0.0)
+    return f"{measured:.1f} / {limit:.1f}{' over' if measured > limit + room else ''}"
 
 
 STAGES = ("state", "start", "first", "steps", "eval")
@@ -182,10 +184,11 @@ def page(report: dict[str, Any]) -> list[str]:
         "",
         "Bytes a weight beyond parameters and gradients (4 each), measured / told: the peak of the resident memory of a fresh",
         "process in each stage, less what was resident before the parameters (code loaded, and compiled); and what",
-        "`blaq.memory_report` tells before training, one temporary of the size of the largest tensor included. `state` is what",
+        "`blaq.memory_report` tells before training, its temporaries (the largest tensor) included. `state` is what",
         "stays after the steps, `start` building the optimizer, `first` the first step, which is solved exactly, `steps` three",
         'more, `eval` what `trial="past"` does to evaluate. AdamW is told 8. "over" marks what is more than a tenth of a',
-        "byte above. Repeat with `python benchmarks/memory.py --out docs/results`, which takes `--weights` and `--cases`.",
+        f"byte and {PIECES >> 20} MB (pieces of a tensor) above. Repeat with `python benchmarks/memory.py --out docs/results`,",
+        "which takes `--weights` and `--cases`.",
         "",
         f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
     ]

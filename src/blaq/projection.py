@@ -199,14 +199,15 @@ def check_solver(solver: str, owner: str) -> None:
 def check_finite(tensor: Tensor, what: str) -> None:
     """Refuse NaN and Inf, with their number."""
     entries = tensor.reshape(1, -1)
-    bad = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    found = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for _, columns in blocks(entries.shape, _BLOCK):  # a block at a time: counting widens what it counts
         for some in columns:
-            bad += (~torch.isfinite(entries[:, some])).sum()
-    if bad > 0:
+            found += (~torch.isfinite(entries[:, some])).sum()
+    bad = int(found)
+    if bad:
         raise ValueError(
-            f"{what}: expected finite values, found {int(bad)} NaN or Inf of {tensor.numel()}; look for a learning rate or "
-            "a loss scale that is too high."
+            f"{what}: expected finite values, found {bad} NaN or Inf of {tensor.numel()}; look for a learning rate or a loss "
+            "scale that is too high."
         )
 
 

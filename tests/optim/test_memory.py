@@ -1,10 +1,13 @@
 """memory_report: byte for byte what the optimizer then holds, in every mode and dtype."""
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import blaq
 from blaq.optim.options import TRIALS
@@ -95,6 +98,62 @@ def test_bytes_a_weight_and_the_largest_tensor() -> None:
     assert blaq.memory_report(groups).trial == "fresh"
     assert blaq.memory_report(groups).temporaries == 400_000
     assert blaq.memory_report([{"params": [w.bfloat16()], "grid": "ternary"}]).temporaries == 400_000
+    # Stepped together, six copies of each: of 30 all, of 3000 as many as make 2^18 weights.
+    assert blaq.memory_report([{"params": [b] * 30, "grid": "ternary"}]).temporaries == 30 * 6 * 4000
+    assert blaq.memory_report([{"params": [b] * 3000, "grid": "ternary"}]).temporaries == 262 * 6 * 4000
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside take at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._meet((args, kwargs), made=False)
+        result = function(*args, **(kwargs or {}))
+        self._meet(result, made=True)
+        return result
+
+    def _meet(self, values: Any, *, made: bool) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor) and (memory := tensor.untyped_storage())._cdata not in self.known:
+                self.known[memory._cdata] = memory.nbytes() if made else 0
+                self.now += self.known[memory._cdata]
+                self.most = max(self.most, self.now)
+                weakref.finalize(memory, self._forget, memory._cdata)
+
+    def _forget(self, memory: int) -> None:
+        self.now -= self.known.pop(memory)
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+@pytest.mark.parametrize("solver", ["exact", "alternating"])
+@pytest.mark.parametrize("bits", [None, "ternary2", "linear4"])
+def test_one_temporary_of_the_size_of_the_tensor(bits: str | None, solver: str, trial: str) -> None:
+    """Building, the first step, the next and `eval`: beyond the state one tensor, and pieces."""
+    weights, pieces = 2**21, 7 * 2**20  # a second tensor would be 8 * 2**20
+    p = nn.Parameter(torch.empty(256, weights // 256).normal_(0, 0.05, generator=torch.Generator().manual_seed(0)))
+    group = {"params": [p], "grid": bits, "solver": solver}
+    with Peak() as building:
+        opt = blaq.BLAQ(
+            [group, {"params": [nn.Parameter(torch.ones(3))], "grid": "binary"}], trial=trial, compile=False
+        )
+    report = blaq.memory_report(opt)
+    limit = report.temporaries + pieces
+    assert building.most <= report.total.state + limit
+    for seed in range(2):
+        for half in (opt.forward_step, opt.backtrack_step) if trial == "fresh" else (opt.step,):
+            p.grad = torch.empty_like(p).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
+            with Peak() as stepping:
+                half()
+            aside = p.nbytes if trial == "fresh" and bits is None else 0  # the parameter as it was
+            assert stepping.most <= limit + aside, (seed, half)
+    with Peak() as evaluating:
+        opt.eval()
+    assert evaluating.most <= limit + (p.nbytes if trial == "past" else 0)
 
 
 def test_the_mode_is_the_optimizers_unless_one_is_named(new_task: Any) -> None:
@@ -114,7 +173,7 @@ def test_before_there_are_weights() -> None:
 def test_the_lines() -> None:
     groups = blaq.param_groups(nn.Linear(1000, 10), bits=1)
     assert str(blaq.memory_report(groups)).splitlines() == [
-        "training takes 160.2 kB beyond parameters and gradients (16.00 bytes a weight); temporaries 40.0 kB (largest tensor)",
+        "training takes 160.2 kB beyond parameters and gradients (16.00 bytes a weight); temporaries 40.0 kB",
         "  trial fresh: moments 80.1 kB, latent weights 40.0 kB, scales 4 B, put aside during a trial 40.1 kB",
     ]
     assert "put aside while evaluating 40.0 kB" in str(blaq.memory_report(groups, "past"))

@@ -1,5 +1,6 @@
 """What training takes in memory beyond parameters and gradients, to be read before training."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from blaq.optim.base import LatentOptimizer
+from blaq.optim.batches import BATCH_UP_TO, TOGETHER_UP_TO
 from blaq.optim.options import REMEMBERING, TRIALS
 from blaq.optim.plan import SCALE_BYTES, listed, plan, size
 from blaq.projection import widen
+
+_COPIES = 6  # of what is stepped together: latent weight, both moments, up to two gradients, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,9 @@ class MemoryReport:
     Attributes:
         trial: the mode it holds for.
         rows: one for each parameter, in the order of the groups.
-        temporaries: what a step uses for a moment, counted as one tensor: the largest parameter, in the dtype of its moments.
-            A compiled step that follows the scale stays below that. The first step, the exact solver, uncompiled passes and
-            many small tensors of equal shape, stepped together, take a few times as much: docs/results/memory.md.
+        temporaries: what building the optimizer, a step and `eval` use for a moment at most: as much as the largest parameter
+            in the dtype of its moments, or the copies of small parameters that are stepped together. Beside it come pieces
+            of a few MB that are looked at together, and what the exact solver picks to sort, some percent of the tensor.
 
     Example:
         >>> from torch import nn
@@ -97,7 +101,7 @@ class MemoryReport:
         }
         return (
             f"training takes {size(total.bytes)} beyond parameters and gradients ({total.bytes_per_weight:.2f} bytes a "
-            f"weight); temporaries {size(self.temporaries)} (largest tensor)\n"
+            f"weight); temporaries {size(self.temporaries)}\n"
             f"  trial {self.trial}: {', '.join(f'{name} {size(count)}' for name, count in parts.items() if count)}"
         )
 
@@ -126,7 +130,7 @@ def memory_report(
         >>> report.rows[0].latent, report.total.state
         (40000, 120092)
         >>> print(report)
-        training takes 120.1 kB beyond parameters and gradients (12.00 bytes a weight); temporaries 40.0 kB (largest tensor)
+        training takes 120.1 kB beyond parameters and gradients (12.00 bytes a weight); temporaries 40.0 kB
           trial none: moments 80.1 kB, latent weights 40.0 kB, scales 4 B
     """
     if isinstance(groups_or_optimizer, Optimizer) and not isinstance(groups_or_optimizer, LatentOptimizer):
@@ -147,7 +151,15 @@ def memory_report(
     rows = tuple(
         _row(row.name, p, row.quantized, row.scales, trial) for row, p in zip(planned, parameters, strict=True)
     )
-    return MemoryReport(trial, rows, max((row.moments // 2 for row in rows), default=0))
+    alike = Counter((row.moments // 2, row.latent, p.shape, p.dtype) for row, p in zip(rows, parameters, strict=True))
+    temporaries = [max(work, _together(shape.numel(), count) * work) for (work, _, shape, _), count in alike.items()]
+    return MemoryReport(trial, rows, max(temporaries, default=0))
+
+
+def _together(weights: int, count: int) -> int:
+    """How many copies of a parameter there are at once when `count` like it take a step; of one alone none are needed."""
+    alone = weights > TOGETHER_UP_TO or count == 1
+    return 0 if alone else _COPIES * min(count, max(1, BATCH_UP_TO // max(1, weights)))
 
 
 def _row(name: str, p: Tensor, quantized: bool, scales: int, trial: str) -> MemoryRow:
