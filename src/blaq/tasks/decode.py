@@ -1,5 +1,6 @@
 """Compressed images to one uint8 array: decoded once, kept in a cache file, memory-mapped from there ever after."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL
@@ -31,7 +33,6 @@ _FORMAT = 1  # part of the cache key: raise it whenever the same files come to d
 _GREY = {"1", "L", "LA"}  # Pillow's names
 _COLOUR = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
 _BLOCK = 1024  # images decoded and written at a time
-_EDGE = 1 << 16  # bytes at each end of a file that enter the cache key; a Parquet file ends with its table of contents
 
 _log = logging.getLogger(__name__)
 
@@ -112,16 +113,26 @@ def cache_folder() -> Path:
 
 
 def _key(part: Part, column: str, image_size: int | None, grey: bool | None) -> str:
-    """Digest of all that decides the pixels; of the files only size and ends, for ImageNet's are 150 GB."""
+    """Digest of all that decides the pixels: every byte of the files, and how they are decoded."""
     digest = hashlib.sha256(repr((_FORMAT, PIL.__version__, column, image_size, grey)).encode())
     for path in part.files:
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with path.open("rb") as file:
-            digest.update(file.read(_EDGE))
-            file.seek(max(0, size - _EDGE))
-            digest.update(file.read(_EDGE))
+        digest.update(_content(path))
     return digest.hexdigest()[:20]
+
+
+def _content(path: Path) -> bytes:
+    """Digest of a file: read once, then remembered for as long as the file keeps place, size and time of change."""
+    now = path.stat()
+    place = repr((str(path.resolve()), now.st_size, now.st_mtime_ns, now.st_ino))
+    known = cache_folder() / "contents" / hashlib.sha256(place.encode()).hexdigest()
+    with contextlib.suppress(OSError):
+        if len(remembered := known.read_bytes()) == hashlib.sha256().digest_size:
+            return remembered
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").digest()
+    with _in_place_of(known) as file:
+        file.write(content)
+    return content
 
 
 def _open(path: Path, rows: int) -> Pixels | None:
@@ -141,23 +152,30 @@ def _open(path: Path, rows: int) -> Pixels | None:
 
 
 def _write(path: Path, blocks: Iterator[Pixels], rows: int) -> None:
-    """Write the blocks as one .npy file of `rows` rows: a temporary file is renamed, so nobody sees half of it."""
+    """Write the blocks as one .npy file of `rows` rows."""
+    with _in_place_of(path) as file:
+        first = next(blocks)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (rows, *first.shape[1:])}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in chain([first], blocks):
+            file.write(block.tobytes())
+
+
+@contextlib.contextmanager
+def _in_place_of(path: Path) -> Iterator[IO[bytes]]:
+    """A new file of the cache: a temporary one is renamed, so nobody sees half of it."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
-            first = next(blocks)
-            header = {"descr": "|u1", "fortran_order": False, "shape": (rows, *first.shape[1:])}
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in chain([first], blocks):
-                file.write(block.tobytes())
+            yield file
             file.flush()
             os.fsync(file.fileno())  # else a power failure could leave zeros under the final name
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(
-            f"BLAQ_CACHE={str(path.parent)!r}: cannot write the decoded images there ({error}); set BLAQ_CACHE to a "
+            f"BLAQ_CACHE={str(cache_folder())!r}: cannot write the decoded images there ({error}); set BLAQ_CACHE to a "
             "folder with room for them."
         ) from error
     finally:
