@@ -5,17 +5,15 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.evidence.sources import LEFT, REACHED, Reached, flat, read
 from blaq.train.compare import REFERENCE
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import RunDirectory, read_rows
-from blaq.train.run import read_result
-from blaq.train.summary import Group, Measure, Setting, settings_of
+from blaq.train.summary import COSTS, Group, Measure, Setting, settings_of
 from blaq.train.sweep import Run
-from blaq.train.toml import to_tree
 
 RAW = ("results.csv", "recipe.toml", "comparison.json", "tuning.csv")
 CHOSEN = ("name", "title", "optim.method", "optim.bits", "train.seed", "train.threads")  # not what shortens a run
@@ -36,6 +34,7 @@ class Folder:
         failures: run name to message.
         versions: what the first run was computed with.
         missing: names of the runs that are not finished.
+        reached: bits and method to what the target loss cost, where no metrics tell it any more.
     """
 
     name: str
@@ -49,6 +48,7 @@ class Folder:
     failures: Mapping[str, str]
     versions: Mapping[str, Any]
     missing: Sequence[str]
+    reached: Mapping[tuple[str, str], Reached] | None = None
 
     @property
     def measure(self) -> Measure:
@@ -77,6 +77,14 @@ class Folder:
         if reference is None:
             raise ValueError(f"evidence: {self.path} has no finished run of laq at bits {bits}, the reference; run it.")
         return Group(title=bits, settings=tuple(settings), reference=reference, target=self.design.get("target"))
+
+    def to_target(self, group: Group, setting: Setting) -> Reached:
+        """The target loss, and the mean of what it cost a setting: steps, gradients, seconds; None if not all reached it."""
+        if self.reached is not None:
+            return self.reached[group.title, setting.values["method"]]
+        target, costs = group.target_loss, zip(REACHED[1:], COSTS, strict=True)
+        samples = {name: None if target is None else setting.to_reach(target, cost) for name, cost in costs}
+        return {REACHED[0]: target} | {name: of and of.mean for name, of in samples.items()}
 
     def lr(self, setting: Setting) -> float:
         """The learning rate that a setting was run with."""
@@ -153,15 +161,19 @@ class Folder:
         """Copy the small files of a comparison, and of one run what all share; write the command beside them."""
         target = out / self.name
         target.mkdir(parents=True, exist_ok=True)
-        for name in RAW:
-            if (self.path / name).exists():
-                shutil.copyfile(self.path / name, target / name)
+        if target.resolve() != self.path.resolve():
+            for name in RAW:
+                if (self.path / name).exists():
+                    shutil.copyfile(self.path / name, target / name)
+        (target / LEFT).unlink(missing_ok=True)
+        if left := {**dict.fromkeys(self.missing, ""), **self.failures}:
+            (target / LEFT).write_text(json.dumps(left, indent=2) + "\n", encoding="utf-8")
         (target / "versions.json").write_text(json.dumps(self.versions, indent=2) + "\n", encoding="utf-8")
         (target / "command.txt").write_text(self.command() + "\n", encoding="utf-8")
 
 
 def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
-    """Read a folder of `blaq compare` or `blaq ablate`.
+    """Read a folder of `blaq compare` or `blaq ablate`, or the copy of its small files beside earlier pages.
 
     Raises:
         ValueError: it is not of that kind, or has no finished run.
@@ -171,21 +183,8 @@ def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
     design = json.loads((path / "comparison.json").read_text(encoding="utf-8"))
     if design["kind"] != kind:
         raise ValueError(f"evidence: {path} is a folder of blaq {design['kind']}, expected one of blaq {kind}.")
-    runs, recipes, zigzag, missing, versions = [], {}, {}, [], None
-    for recipe_file in sorted((path / "runs").glob("*/recipe.toml")):
-        directory = RunDirectory(recipe_file.parent)
-        name = directory.path.name
-        if not directory.finished:
-            missing.append(name)
-            continue
-        result, recipe = read_result(directory), load_recipe(recipe_file)
-        settings = {"method": result.method, "bits": str(result.bits)}
-        if design["kind"] == "ablate":
-            settings = {key: str(_flat(recipe)[key]) for key in design["sets"]}
-        runs.append(Run(name=name, settings=settings, result=result, metrics=directory.metrics()))
-        recipes[name] = recipe
-        zigzag[name] = read_rows(directory.zigzag_file)
-        versions = versions or json.loads((directory.path / "versions.json").read_text(encoding="utf-8"))
+    source = read(path, design)
+    runs = source.runs
     if not runs:
         raise ValueError(f"evidence: {path} has no finished run yet.")
     order = {name: number for number, name in enumerate(design.get("methods", []))}
@@ -195,40 +194,30 @@ def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
             run.settings["bits"] != "float", grids.index(run.settings["bits"]) if run.settings["bits"] in grids else 0,
             order[run.settings["method"]], run.result.seed,
         ))  # fmt: skip
-    results, tuning = path / "results.json", path / "tuning.csv"
+    tuning = path / "tuning.csv"
     return Folder(
         name=path.resolve().name,
         path=path,
         recipe=load_recipe(path / "recipe.toml"),
         design=design,
         runs=tuple(runs),
-        recipes=recipes,
-        zigzag=zigzag,
+        recipes=source.recipes,
+        zigzag=source.zigzag,
         tuning=list(csv.DictReader(tuning.read_text(encoding="utf-8").splitlines())) if tuning.exists() else [],
-        failures=json.loads(results.read_text(encoding="utf-8"))["failures"] if results.exists() else {},
-        versions=versions or {},
-        missing=missing,
+        failures=source.failures,
+        versions=source.versions,
+        missing=source.missing,
+        reached=source.reached,
     )
 
 
 def _changed(name: str, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys in which a recipe differs from the shipped one of a name, with both values; nothing is shipped: none."""
     try:
-        shipped = _flat(load_recipe(name))
+        shipped = flat(load_recipe(name))
     except ValueError:
         return {}
-    return {key: (shipped.get(key), value) for key, value in _flat(recipe).items() if shipped.get(key) != value}
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for name, member in value.items():
-                yield from walk(member, f"{key}.{name}" if key else name)
-        else:
-            yield key, value
-
-    return dict(walk(to_tree(asdict(recipe)), ""))
+    return {key: (shipped.get(key), value) for key, value in flat(recipe).items() if shipped.get(key) != value}
 
 
 def _toml(value: Any) -> str:
