@@ -236,6 +236,8 @@ def test_the_pages_of_a_comparison_say_what_is_in_it(module: Module, compared: P
     assert "at the edge of the grid, so that a better one may lie outside: delayed-b1, delayed-b2." in methods
     assert "Failed: past-b1-s0 (diverged)." in methods
     assert "train.epochs 2 (not 30)" in methods
+    assert "## demo, shortened, equal steps" in methods  # the title of the recipe tells what the runs were not
+    assert "epoch.md" not in (tmp_path / "out" / "cost.md").read_text()  # nothing was timed
 
 
 def test_the_zigzag_is_that_of_the_second_half(module: Module, compared: Path, tmp_path: Path) -> None:

@@ -63,7 +63,13 @@ class Folder:
     @property
     def title(self) -> str:
         """The task and the budget."""
-        return f"{self.recipe.title}, {self.equal}"
+        return f"{self.task}, {self.equal}"
+
+    @property
+    def task(self) -> str:
+        """The recipe's title; but where it was changed, its title may tell other sizes than these runs had."""
+        changed = self._of_task(_changed(self.recipe.name, self.recipe))
+        return f"{self.recipe.name.removesuffix('-quick')}, shortened" if changed else self.recipe.title
 
     @property
     def grids(self) -> list[str]:
@@ -128,11 +134,13 @@ class Folder:
 
     def shortened(self) -> str:
         """Where the runs differ from the recipe in full, in words; empty where they do not."""
-        full = self.recipe.name.removesuffix("-quick")
-        asked = {*CHOSEN, *(["optim.lr"] if self.tuning else []), *self.design.get("sets", {})}
-        changed = {key: of for key, of in _changed(full, self.recipe).items() if key not in asked}
-        changed = {key: of for key, of in changed.items() if not key.startswith("probes.")}
+        changed = self._of_task(_changed(self.recipe.name.removesuffix("-quick"), self.recipe))
         return "; ".join(f"{key} {_toml(now)} (not {_toml(before)})" for key, (before, now) in changed.items())
+
+    def _of_task(self, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+        """Those of the changes that change the task: not what is compared, nor that it is probed."""
+        compared = {*CHOSEN, *(["optim.lr"] if self.tuning else []), *self.design.get("sets", {})}
+        return {key: of for key, of in changed.items() if key not in compared and not key.startswith("probes.")}
 
     def caveats(self) -> Iterator[str]:
         """What weakens the numbers of this folder, a sentence each."""

@@ -113,7 +113,7 @@ def page(folders: Sequence[Folder], gain_sections: Sequence[str]) -> tuple[str, 
     ]
     for folder in steps:
         for bits in _shown(folder):
-            sections += [f"## {folder.recipe.title}, {bits_text(bits)}", _totals(folder, bits)]
+            sections += [f"## {folder.task}, {bits_text(bits)}", _totals(folder, bits)]
             sections += [part for measure in FALLS for part in _layers(folder, bits, measure)]
     return document(sections), [*answers, *errors]
 
