@@ -120,7 +120,8 @@ def _paths(
         counts = changes(trajectory)[:weights]
         moved = sum(count > 0 for count in counts)
         titles[f"{name} "] = (
-            f"{variant.label}: {moved} of {weights} followed weights of {name} change their level, {sum(counts)} times in all"
+            f"{variant.label}: {moved} of {weights} followed weights of {name} change their level, {sum(counts)} "
+            f"{'time' if sum(counts) == 1 else 'times'} in all"
         )
     layout = base_layout(showlegend=False)
     layout["xaxis"] |= {"title": {"text": "steps"}}
