@@ -353,6 +353,34 @@ def test_pages_can_be_written_anew_from_what_they_left(module: Module, compared:
     assert (after / "methods.md").read_text() == (before / "methods.md").read_text()
 
 
+def test_choices_at_the_edge_can_be_tried_beyond_it(module: Module, compared: Path, tmp_path: Path) -> None:
+    wider = compared / "wider"
+    design = json.loads((compared / "comparison.json").read_text())
+    write_folder(wider, DEMO, design | {"methods": ["delayed"], "rates": [0.001, 0.003]})
+    rows = [("delayed-b1", 0.001, 5.0), ("delayed-b1", 0.003, 2.0)]
+    with (wider / "tuning.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["setting", "lr", "seeds", "validation_error", "validation_loss", "chosen"])
+        writer.writerows([name, lr, 1, error, 0.1, error == 2] for name, lr, error in rows)
+    out = tmp_path / "out"
+    make(module, out, "--compare", str(compared))
+    methods = flat((out / "methods.md").read_text())
+    assert "| 1 | delayed | 0.003 |" in methods
+    assert "| 2 | delayed | 0.003 (edge) |" in methods
+    assert (
+        "so that a better one may lie outside: delayed-b2. Beyond the edge, by validation error in wider/tuning.csv: "
+        "delayed-b1 2 at 0.003, 5 at 0.001." in methods
+    )
+    commands = (out / "demo-steps" / "command.txt").read_text().splitlines()
+    assert "--methods delayed --bits 1,2 --lr 0.001,0.003" in commands[1]
+    assert commands[1].endswith("--out runs/demo-steps/wider")
+    make(module, out, "--compare", str(out / "demo-steps"))
+    assert flat((out / "methods.md").read_text()) == methods
+    (wider / "tuning.csv").write_text((wider / "tuning.csv").read_text().replace(",5.0,", ",1.0,"))
+    make(module, out, "--compare", str(compared))
+    assert "delayed-b1 2 at 0.003, 1 at 0.001 (BETTER)." in flat((out / "methods.md").read_text())
+
+
 def test_what_is_no_comparison_is_refused(module: Module, compared: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty has no comparison\.json"):

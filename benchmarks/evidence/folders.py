@@ -1,21 +1,21 @@
 """A folder of `blaq compare` or `blaq ablate`: its runs, what was asked for, and what a reader has to be told of it."""
 
-import csv
 import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.evidence.sources import LEFT, REACHED, Reached, flat, read
+from benchmarks.evidence.sources import LEFT, REACHED, Reached, flat, read, read_csv, read_json
 from blaq.train.compare import REFERENCE
 from blaq.train.config import Recipe, load_recipe
 from blaq.train.summary import COSTS, Group, Measure, Setting, settings_of
 from blaq.train.sweep import Run
 
 RAW = ("results.csv", "recipe.toml", "comparison.json", "tuning.csv")
+WIDER = "wider"  # folder in a comparison's: another one, of a few methods, with learning rates beyond the grid
 CHOSEN = ("name", "title", "optim.method", "optim.bits", "train.seed", "train.threads")  # not what shortens a run
 
 
@@ -35,6 +35,7 @@ class Folder:
         versions: what the first run was computed with.
         missing: names of the runs that are not finished.
         reached: bits and method to what the target loss cost, where no metrics tell it any more.
+        wider: recipe and design of the comparison that tried rates beyond the grid, and the rows of its tuning.csv.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Folder:
     versions: Mapping[str, Any]
     missing: Sequence[str]
     reached: Mapping[tuple[str, str], Reached] | None = None
+    wider: tuple[Recipe, Mapping[str, Any], Sequence[Mapping[str, str]]] | None = None
 
     @property
     def measure(self) -> Measure:
@@ -101,10 +103,28 @@ class Folder:
         return self.recipes[run.name]
 
     def edges(self) -> list[str]:
-        """Variants whose chosen learning rate is the lowest or highest of the grid."""
+        """Variants whose chosen learning rate is the lowest or highest of the grid, and which nobody tried beyond it."""
+        return [name for name in self._at_the_edge() if name not in self.beyond()]
+
+    def _at_the_edge(self) -> dict[str, str]:
         rates = [float(row["lr"]) for row in self.tuning]
         edge = {min(rates), max(rates)} if len(set(rates)) > 1 else set()
-        return [row["setting"] for row in self.tuning if row["chosen"] == "True" and float(row["lr"]) in edge]
+        chosen = [row for row in self.tuning if row["chosen"] == "True"]
+        return {row["setting"]: row["lr"] for row in chosen if float(row["lr"]) in edge}
+
+    def beyond(self) -> dict[str, str]:
+        """Variants at the edge that were tried beyond it, and what came of it in words."""
+        field = self.measure.field.replace("test", "validation")
+        said: dict[str, str] = {}
+        for name, edge in self._at_the_edge().items():
+            rows = [row for row in (self.wider[2] if self.wider else ()) if row["setting"] == name and row[field]]
+            tried = {float(row["lr"]): float(row[field]) for row in rows}
+            outside = [rate for rate in tried if rate not in {float(row["lr"]) for row in self.tuning}]
+            if float(edge) in tried and outside:
+                values = ", ".join(f"{tried[rate]:.4g} at {rate:g}" for rate in (float(edge), *outside))
+                better = min(tried[rate] for rate in outside) < tried[float(edge)]
+                said[name] = f"{name} {values}{' (BETTER)' * better}"
+        return said
 
     def command(self) -> str:
         """The command that makes these runs."""
@@ -153,10 +173,13 @@ class Folder:
             yield "One learning rate for all methods, not each its own: a method that prefers another one is wronged."
         if self.tuning:
             grid = ", ".join(dict.fromkeys(f"{float(row['lr']):g}" for row in self.tuning))
-            edges = self.edges()
-            chosen = "none of the choices lies at an edge of the grid"
+            edges, beyond = self.edges(), self.beyond()
+            chosen = "none of the choices lies at an edge of the grid" + " untried beyond it" * bool(beyond)
             if edges:
                 chosen = f"at the edge of the grid, so that a better one may lie outside: {', '.join(edges)}"
+            if beyond:
+                what = self.measure.name.replace("test", "validation")
+                chosen += f". Beyond the edge, by {what} in {WIDER}/tuning.csv: {'; '.join(beyond.values())}"
             each = int(self.tuning[0]["seeds"])
             yield f"Learning rates {grid}, chosen with {each} seed{'s' * (each > 1)} on validation data; {chosen}."
         if self.failures:
@@ -173,11 +196,19 @@ class Folder:
             for name in RAW:
                 if (self.path / name).exists():
                     shutil.copyfile(self.path / name, target / name)
+            if self.wider is not None:
+                (target / WIDER).mkdir(exist_ok=True)
+                for name in RAW[1:]:
+                    shutil.copyfile(self.path / WIDER / name, target / WIDER / name)
         (target / LEFT).unlink(missing_ok=True)
         if left := {**dict.fromkeys(self.missing, ""), **self.failures}:
             (target / LEFT).write_text(json.dumps(left, indent=2) + "\n", encoding="utf-8")
         (target / "versions.json").write_text(json.dumps(self.versions, indent=2) + "\n", encoding="utf-8")
-        (target / "command.txt").write_text(self.command() + "\n", encoding="utf-8")
+        commands = [self.command()]
+        if self.wider is not None:
+            recipe, design, _ = self.wider
+            commands.append(replace(self, name=f"{self.name}/{WIDER}", recipe=recipe, design=design).command())
+        (target / "command.txt").write_text("\n".join(commands) + "\n", encoding="utf-8")
 
 
 def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
@@ -188,7 +219,7 @@ def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
     """
     if not (path / "comparison.json").exists():
         raise ValueError(f"evidence: {path} has no comparison.json; name a folder that blaq compare or ablate wrote.")
-    design = json.loads((path / "comparison.json").read_text(encoding="utf-8"))
+    design = read_json(path / "comparison.json")
     if design["kind"] != kind:
         raise ValueError(f"evidence: {path} is a folder of blaq {design['kind']}, expected one of blaq {kind}.")
     source = read(path, design)
@@ -202,7 +233,7 @@ def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
             run.settings["bits"] != "float", grids.index(run.settings["bits"]) if run.settings["bits"] in grids else 0,
             order[run.settings["method"]], run.result.seed,
         ))  # fmt: skip
-    tuning = path / "tuning.csv"
+    wider = path / WIDER
     return Folder(
         name=path.resolve().name,
         path=path,
@@ -211,11 +242,14 @@ def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
         runs=tuple(runs),
         recipes=source.recipes,
         zigzag=source.zigzag,
-        tuning=list(csv.DictReader(tuning.read_text(encoding="utf-8").splitlines())) if tuning.exists() else [],
+        tuning=read_csv(path / "tuning.csv"),
         failures=source.failures,
         versions=source.versions,
         missing=source.missing,
         reached=source.reached,
+        wider=(load_recipe(wider / "recipe.toml"), read_json(wider / "comparison.json"), read_csv(wider / "tuning.csv"))
+        if (wider / "tuning.csv").exists()
+        else None,
     )
 
 

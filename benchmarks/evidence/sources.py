@@ -59,8 +59,8 @@ def _from_directories(path: Path, design: Mapping[str, Any]) -> Source:
         runs.append(Run(name=name, settings=settings, result=result, metrics=directory.metrics()))
         recipes[name] = recipe
         zigzag[name] = read_rows(directory.zigzag_file)
-        versions = versions or _json(directory.path / "versions.json")
-    failures = _json(path / "results.json").get("failures", {})
+        versions = versions or read_json(directory.path / "versions.json")
+    failures = read_json(path / "results.json").get("failures", {})
     return Source(runs, recipes, zigzag, failures, versions or {}, missing, reached=None)
 
 
@@ -69,7 +69,7 @@ def _from_pages(path: Path, design: Mapping[str, Any]) -> Source:
     if design["kind"] == "compare" and not costs.exists():
         raise ValueError(f"evidence: {path} has no runs, and no cost.csv beside it; name the folder of the runs.")
     runs, recipes = [], {}
-    for row in _rows(path / "results.csv"):
+    for row in read_csv(path / "results.csv"):
         result = Result(**{field.name: _value(row[field.name], field.type) for field in fields(Result)})
         own = {"optim.method": result.method, "train.seed": result.seed}
         own |= {} if result.method == "float" else {"optim.bits": result.bits}
@@ -77,17 +77,17 @@ def _from_pages(path: Path, design: Mapping[str, Any]) -> Source:
         recipe = shared.with_([f"{key}={value}" for key, value in own.items()])
         runs.append(Run(name=row["run"], settings=_settings(design, recipe, result), result=result))
         recipes[row["run"]] = recipe
-    left = _json(path / LEFT)
+    left = read_json(path / LEFT)
     return Source(
         runs=runs,
         recipes=recipes,
         zigzag=_zigzag(path, runs),
         failures={name: why for name, why in left.items() if why},
-        versions=_json(path / "versions.json"),
+        versions=read_json(path / "versions.json"),
         missing=list(left),
         reached={
             (row["group"], row["method"]): {name: float(row[name]) if row[name] else None for name in REACHED}
-            for row in _rows(costs)
+            for row in read_csv(costs)
             if row["folder"] == path.name
         },
     )
@@ -97,7 +97,7 @@ def _zigzag(path: Path, runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     """The halves of every run and layer as if they were two epochs, of which each half is one."""
     names = {(run.result.method, str(run.result.bits), str(run.result.seed)): run.name for run in runs}
     found: dict[str, list[dict[str, Any]]] = {run.name: [] for run in runs}
-    for row in _rows(path.parent / "zigzag.csv"):
+    for row in read_csv(path.parent / "zigzag.csv"):
         if row["folder"] == path.name:
             measures = {name: float(row[name]) if row[name] else None for name in Measures.__dataclass_fields__}
             found[names[row["method"], row["bits"], row["seed"]]].append({"layer": row["layer"], **measures})
@@ -133,10 +133,12 @@ def _value(text: str, kind: object) -> Any:
     return int(text) if text.isdecimal() else text or None
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none without it."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file; nothing without it."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
