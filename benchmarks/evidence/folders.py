@@ -106,25 +106,31 @@ class Folder:
         """Variants whose chosen learning rate is the lowest or highest of the grid, and which nobody tried beyond it."""
         return [name for name in self._at_the_edge() if name not in self.beyond()]
 
-    def _at_the_edge(self) -> dict[str, str]:
-        rates = [float(row["lr"]) for row in self.tuning]
-        edge = {min(rates), max(rates)} if len(set(rates)) > 1 else set()
+    def _at_the_edge(self) -> dict[str, Mapping[str, str]]:
+        rates = self._rates()
+        edge = {min(rates), max(rates)} if len(rates) > 1 else set()
         chosen = [row for row in self.tuning if row["chosen"] == "True"]
-        return {row["setting"]: row["lr"] for row in chosen if float(row["lr"]) in edge}
+        return {row["setting"]: row for row in chosen if float(row["lr"]) in edge}
 
     def beyond(self) -> dict[str, str]:
         """Variants at the edge that were tried beyond it, and what came of it in words."""
         field = self.measure.field.replace("test", "validation")
         said: dict[str, str] = {}
-        for name, edge in self._at_the_edge().items():
-            rows = [row for row in (self.wider[2] if self.wider else ()) if row["setting"] == name and row[field]]
-            tried = {float(row["lr"]): float(row[field]) for row in rows}
-            outside = [rate for rate in tried if rate not in {float(row["lr"]) for row in self.tuning}]
-            if float(edge) in tried and outside:
-                values = ", ".join(f"{tried[rate]:.4g} at {rate:g}" for rate in (float(edge), *outside))
-                better = min(tried[rate] for rate in outside) < tried[float(edge)]
-                said[name] = f"{name} {values}{' (BETTER)' * better}"
+        for name, row in self._at_the_edge().items():
+            rows = [of for of in (self.wider[2] if self.wider else ()) if of["setting"] == name and of[field]]
+            tried = {float(of["lr"]): float(of[field]) for of in rows}
+            edge = tried.pop(float(row["lr"]), None)
+            outside = {rate: value for rate, value in tried.items() if rate not in self._rates()}
+            if edge is not None and outside:
+                # Another version may round otherwise; what is compared is of one.
+                before = f" ({float(row[field]):.4g} when it was chosen)" * (float(row[field]) != edge)
+                values = ", ".join(f"{value:.4g} at {rate:g}" for rate, value in outside.items())
+                better = " (BETTER)" * (min(outside.values()) < edge)
+                said[name] = f"{name} {edge:.4g} at {float(row['lr']):g}{before}, {values}{better}"
         return said
+
+    def _rates(self) -> set[float]:
+        return {float(row["lr"]) for row in self.tuning}
 
     def command(self) -> str:
         """The command that makes these runs."""
