@@ -279,6 +279,10 @@ def test_colours_belong_to_methods(compared: Path, tmp_path: Path, write_run: Wr
     assert len(set(scale)) == 3
     brightness = [sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in scale]
     assert brightness == sorted(brightness)  # told apart without any colour
+    assert all(200 < of < 600 for of in brightness)  # seen on dark, and on white
+    for a in (0.4, 1.0):
+        write_run(tmp_path / "one" / f"{a}", method="blaq", a=a)
+    assert set(colours(only_panel(tmp_path / "one").variants)) == {COLOURS["laq"], COLOURS["blaq"]}
 
 
 def every_figure(report: Report) -> list[Figure]:

@@ -15,6 +15,7 @@ from blaq.report.settings import method_name, setting_text
 from blaq.report.words import loss_digits
 from blaq.train.statistics import paired
 
+AXIS_TITLE = 200  # pixels that the title of a map's vertical axis takes
 FIELDS = {
     "test_error": "test error (%)",
     "test_loss": "test loss",
@@ -118,7 +119,7 @@ def _heat_map(
     method = method_name(variants[0].method)
     caption = f"{method}{f', {label}' if label else ''}. The darker, the worse. {_caption(variants)}"
     titles = {f"{name} ": _title(panel, variants, name, text=text) for name in y}
-    return Figure(slug, titles, caption, [trace], layout, y, height=150 + 44 * len(rows))
+    return Figure(slug, titles, caption, [trace], layout, y, height=150 + max(44 * len(rows), AXIS_TITLE))
 
 
 def _points(panel: Panel, variants: Sequence[Variant], setting: str, slug: str, *, text: bool) -> Figure:

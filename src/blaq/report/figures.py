@@ -147,15 +147,16 @@ def _moves(band: Band | None) -> bool:
 
 
 def colours(variants: Sequence[Variant]) -> list[str]:
-    """One colour a variant: that of its method, or, where a method has several, a scale over them."""
-    methods = [variant.method for variant in variants]
+    """One colour a variant: that of its method, or, where a method has several, a scale over them. a = 1, alone, is LAQ."""
+    alone = sum(variant.control for variant in variants) == 1
+    methods = ["laq" if variant.control and alone else variant.method for variant in variants]
     found = []
-    for index, variant in enumerate(variants):
-        count, rank = methods.count(variant.method), methods[:index].count(variant.method)
+    for index, method in enumerate(methods):
+        count, rank = methods.count(method), methods[:index].count(method)
         if count == 1:
-            found.append(COLOURS.get(variant.method, SKY))
+            found.append(COLOURS.get(method, SKY))
         else:  # the ends of the scale do not show on dark or on white
-            found.append(_on_scale(0.2 + 0.65 * rank / (count - 1)))
+            found.append(_on_scale(0.35 + 0.45 * rank / (count - 1)))
     return found
 
 
