@@ -5,7 +5,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import permutations, product
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,8 @@ import pytest
 from scipy import stats
 
 from blaq.train.config import OptimConfig, ProbeConfig, Recipe, load_recipe
+from blaq.train.directory import RunDirectory
+from blaq.train.run import Result, read_result
 from blaq.zigzag import Measures
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +154,14 @@ def write_folder(path: Path, recipe: Recipe, design: dict[str, Any], failures: d
     path.mkdir(parents=True, exist_ok=True)
     (path / "recipe.toml").write_text(recipe.to_toml())
     (path / "comparison.json").write_text(json.dumps(design))
-    (path / "results.csv").write_text("run\n")
+    directories = [RunDirectory(run) for run in sorted((path / "runs").iterdir())] if (path / "runs").exists() else []
+    with (path / "results.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", *Result.__dataclass_fields__, "optim.lr", *design.get("sets", {})])
+        for directory in directories:
+            result, optim = read_result(directory), load_recipe(directory.recipe_file).optim
+            varied = [getattr(optim, key.removeprefix("optim.")) for key in design.get("sets", {})]
+            writer.writerow([directory.path.name, *asdict(result).values(), optim.lr, *varied])
     (path / "results.json").write_text(json.dumps({"runs": [], "failures": failures or {}}))
 
 
@@ -227,6 +236,8 @@ def test_the_pages_of_a_comparison_say_what_is_in_it(module: Module, compared: P
     assert "at the edge of the grid, so that a better one may lie outside: delayed-b1, delayed-b2." in methods
     assert "Failed: past-b1-s0 (diverged)." in methods
     assert "train.epochs 2 (not 30)" in methods
+    assert "## demo, shortened, equal steps" in methods  # the title of the recipe tells what the runs were not
+    assert "epoch.md" not in (tmp_path / "out" / "cost.md").read_text()  # nothing was timed
 
 
 def test_the_zigzag_is_that_of_the_second_half(module: Module, compared: Path, tmp_path: Path) -> None:
@@ -317,7 +328,7 @@ def test_raw_results_and_the_command_are_copied(module: Module, compared: Path, 
     make(module, tmp_path / "out", "--compare", str(compared))
     copied = tmp_path / "out" / "demo-steps"
     assert {path.name for path in copied.iterdir()} == {
-        "results.csv", "recipe.toml", "comparison.json", "tuning.csv", "versions.json", "command.txt",
+        "results.csv", "recipe.toml", "comparison.json", "tuning.csv", "versions.json", "command.txt", "unfinished.json",
     }  # fmt: skip
     command = (copied / "command.txt").read_text()
     assert command == (
@@ -326,10 +337,57 @@ def test_raw_results_and_the_command_are_copied(module: Module, compared: Path, 
     )
 
 
+def test_pages_can_be_written_anew_from_what_they_left(module: Module, compared: Path, tmp_path: Path) -> None:
+    write_ablation(tmp_path / "ablation", 1.0)
+    before, after = tmp_path / "before", tmp_path / "after"
+    make(module, before, "--ablation", str(tmp_path / "ablation"), "--compare", str(compared))
+    make(module, after, "--ablation", str(before / "ablation"), "--compare", str(before / compared.name))
+    names = [str(path.relative_to(before)) for path in before.rglob("*") if path.is_file()]
+    assert len(names) > 15
+    for name in set(names) - {"README.md"}:  # which states the command
+        assert (after / name).read_text() == (before / name).read_text(), name
+    front = [(out / "README.md").read_text().split("Computed with")[1] for out in (before, after)]
+    assert front[0] == front[1]
+    # In place: what is read is not lost.
+    make(module, after, "--ablation", str(after / "ablation"), "--compare", str(after / compared.name))
+    assert (after / "methods.md").read_text() == (before / "methods.md").read_text()
+
+
+def test_choices_at_the_edge_can_be_tried_beyond_it(module: Module, compared: Path, tmp_path: Path) -> None:
+    wider = compared / "wider"
+    design = json.loads((compared / "comparison.json").read_text())
+    write_folder(wider, DEMO, design | {"methods": ["delayed"], "rates": [0.001, 0.003]})
+    rows = [("delayed-b1", 0.001, 5.0), ("delayed-b1", 0.003, 2.0)]
+    with (wider / "tuning.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["setting", "lr", "seeds", "validation_error", "validation_loss", "chosen"])
+        writer.writerows([name, lr, 1, error, 0.1, error == 2] for name, lr, error in rows)
+    out = tmp_path / "out"
+    make(module, out, "--compare", str(compared))
+    methods = flat((out / "methods.md").read_text())
+    assert "| 1 | delayed | 0.003 |" in methods
+    assert "| 2 | delayed | 0.003 (edge) |" in methods
+    assert (
+        "so that a better one may lie outside: delayed-b2. Beyond the edge, by validation error in wider/tuning.csv: "
+        "delayed-b1 2 at 0.003, 5 at 0.001." in methods
+    )
+    commands = (out / "demo-steps" / "command.txt").read_text().splitlines()
+    assert "--methods delayed --bits 1,2 --lr 0.001,0.003" in commands[1]
+    assert commands[1].endswith("--out runs/demo-steps/wider")
+    make(module, out, "--compare", str(out / "demo-steps"))
+    assert flat((out / "methods.md").read_text()) == methods
+    (wider / "tuning.csv").write_text((wider / "tuning.csv").read_text().replace(",5.0,", ",1.0,"))
+    make(module, out, "--compare", str(compared))
+    assert "delayed-b1 2 at 0.003, 1 at 0.001 (BETTER)." in flat((out / "methods.md").read_text())
+
+
 def test_what_is_no_comparison_is_refused(module: Module, compared: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty has no comparison\.json"):
         make(module, tmp_path / "out", "--compare", str(tmp_path / "empty"))
+    (compared / "runs").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"has no runs, and no cost\.csv beside it; name the folder of the runs"):
+        make(module, tmp_path / "out", "--compare", str(compared))
     with pytest.raises(ValueError, match="is a folder of blaq compare, expected one of blaq ablate"):
         make(module, tmp_path / "out", "--ablation", str(compared))
 

@@ -220,6 +220,27 @@ def test_a_jump_over_a_level_is_a_change_like_any_other() -> None:
     assert path.read().oscillation_frequency == pytest.approx(0.01 * 0.99)
 
 
+@pytest.mark.parametrize(
+    ("start", "lr", "agreement"),
+    [([0.5, 0.5], 0.25, 1.0), ([0.5, 0.5], 1.0, -1.0), ([0.5, 0.25], 0.5, -1 / math.sqrt(5))],
+)
+def test_the_trial_agrees_as_far_as_it_stays_on_its_side(start: list[float], lr: float, agreement: float) -> None:
+    """l = |w|^2 / 2 has the gradient w; Adam's first step is lr in every entry: halfway, across, half of them across."""
+    w = nn.Parameter(torch.tensor([start]))
+    with pytest.warns(UserWarning, match="no parameter group has a grid"):
+        opt = blaq.BLAQ([{"params": [w], "param_names": ["w"]}], lr, (0.0, 0.9))
+    zigzag = ZigZag(opt)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = w.square().sum() / 2
+        loss.backward()
+        return loss.detach()
+
+    opt.step(closure)
+    assert zigzag.read()["w"].trial_agreement == pytest.approx(agreement, abs=1e-6)
+
+
 def test_layers_and_their_total() -> None:
     path = Path([0.0, 0.0], [0.0])
     path.to([3.0, 0.0], [4.0], gradients=[[1.0, 0.0], [1.0]])

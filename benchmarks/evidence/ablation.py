@@ -173,7 +173,7 @@ def page(folder: Folder) -> tuple[str, list[str]]:
     caveats += [f"Left out for want of a seed: {', '.join(grid.left_out)}."] if grid.left_out else []
     caveats.append("All settings share one learning rate, though averaging two gradients changes the effective step.")
     sections = [
-        f"# Ablation of a and m: {folder.recipe.title}",
+        f"# Ablation of a and m: {folder.task}",
         "Is the effect of a larger than seed noise? a weights the current gradient (a = 1 is LAQ), m is the period in "
         "epochs.",
         f"```\n{folder.command()}\n```",

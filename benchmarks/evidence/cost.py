@@ -7,9 +7,15 @@ from typing import Any
 
 from benchmarks.evidence.folders import Folder
 from benchmarks.evidence.methods import FLOAT
+from benchmarks.evidence.sources import REACHED
 from benchmarks.evidence.words import bits_text, bullets, document, table
 from blaq.train.summary import Setting
 from blaq.train.tables import write_csv
+
+TIMED = (
+    "Time to it, in units of what float took: its steps times the time of a step that [epoch.md](../epoch.md) measured, "
+    "over the same of float; `-` where that network, batch, method, bits and solver were not timed. "
+)
 
 
 class Times:
@@ -50,11 +56,14 @@ def page(folders: Sequence[Folder], times: Times, out: Path) -> tuple[str, list[
         "counted. Memory is the largest resident set of a run's whole process, Python and torch included; over "
         "float's in brackets. To equal loss: the end of the first epoch whose mean training loss is at most the "
         "target, the mean over seeds; `-` where not every seed got there. The target is the lowest loss that every "
-        "run of the same data, bits and budget reached, or the one that was asked for. Time to it, in units of what "
-        "float took: its steps times the time of a step that [epoch.md](../epoch.md) measured on an idle machine, "
-        "over the same of float; `-` where that network, batch, method, bits and solver were not timed. The seconds of "
-        "the runs themselves are in `results.csv`: they were taken side by side with other work, and say nothing "
-        "about speed.",
+        "run of the same data, bits and budget reached, or the one that was asked for. "
+        + (
+            TIMED
+            if times.report
+            else "Time to it, in units of what float took, needs the times of a step (`--epoch`). "
+        )
+        + "The seconds of the runs themselves are in `results.csv`: they were taken side by side with other work, and "
+        "say nothing about speed.",
     ]
     for folder in folders:
         sections.append(f"## {folder.title}")
@@ -68,21 +77,19 @@ def page(folders: Sequence[Folder], times: Times, out: Path) -> tuple[str, list[
 
 def _rows(folder: Folder, bits: str, times: Times) -> list[dict[str, Any]]:
     group = folder.group(bits)
-    target = group.target_loss
     base = next((one for one in group.settings if one.values["method"] == FLOAT), None)
     found = []
     for setting in group.settings:
-        row: dict[str, Any] = {"folder": folder.name, "group": bits, **setting.values, "target_loss": target}
+        reached = folder.to_target(group, setting)
+        row: dict[str, Any] = {"folder": folder.name, "group": bits, **setting.values}
+        row["target_loss"] = reached["target_loss"]
         steps, gradients = (setting.sample(name).mean for name in ("steps", "gradient_evaluations"))
         row |= {"steps": steps, "gradients": gradients, "gradients_a_step": gradients / steps}
         row["peak_memory"] = setting.peak_memory()
         peak = None if base is None else base.peak_memory()
         row["memory_over_float"] = row["peak_memory"] / peak if row["peak_memory"] and peak else None
         row["step_over_adamw"] = times.of(folder, setting)
-        for cost, name in (("steps", "steps_to_target"), ("gradient_evaluations", "gradients_to_target"),
-                           ("seconds", "shared_seconds_to_target")):  # fmt: skip
-            reached = None if target is None else setting.to_reach(target, cost)  # type: ignore[arg-type]
-            row[name] = None if reached is None else reached.mean
+        row |= {name: reached[name] for name in REACHED[1:]}
         found.append(row)
     of_float = next((row for row in found if row["method"] == FLOAT), None)
     for row in found:

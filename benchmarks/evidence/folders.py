@@ -1,23 +1,21 @@
 """A folder of `blaq compare` or `blaq ablate`: its runs, what was asked for, and what a reader has to be told of it."""
 
-import csv
 import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.evidence.sources import LEFT, REACHED, Reached, flat, read, read_csv, read_json
 from blaq.train.compare import REFERENCE
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import RunDirectory, read_rows
-from blaq.train.run import read_result
-from blaq.train.summary import Group, Measure, Setting, settings_of
+from blaq.train.summary import COSTS, Group, Measure, Setting, settings_of
 from blaq.train.sweep import Run
-from blaq.train.toml import to_tree
 
 RAW = ("results.csv", "recipe.toml", "comparison.json", "tuning.csv")
+WIDER = "wider"  # folder in a comparison's: another one, of a few methods, with learning rates beyond the grid
 CHOSEN = ("name", "title", "optim.method", "optim.bits", "train.seed", "train.threads")  # not what shortens a run
 
 
@@ -36,6 +34,8 @@ class Folder:
         failures: run name to message.
         versions: what the first run was computed with.
         missing: names of the runs that are not finished.
+        reached: bits and method to what the target loss cost, where no metrics tell it any more.
+        wider: recipe and design of the comparison that tried rates beyond the grid, and the rows of its tuning.csv.
     """
 
     name: str
@@ -49,6 +49,8 @@ class Folder:
     failures: Mapping[str, str]
     versions: Mapping[str, Any]
     missing: Sequence[str]
+    reached: Mapping[tuple[str, str], Reached] | None = None
+    wider: tuple[Recipe, Mapping[str, Any], Sequence[Mapping[str, str]]] | None = None
 
     @property
     def measure(self) -> Measure:
@@ -63,7 +65,13 @@ class Folder:
     @property
     def title(self) -> str:
         """The task and the budget."""
-        return f"{self.recipe.title}, {self.equal}"
+        return f"{self.task}, {self.equal}"
+
+    @property
+    def task(self) -> str:
+        """The recipe's title; but where it was changed, its title may tell other sizes than these runs had."""
+        changed = self._of_task(_changed(self.recipe.name, self.recipe))
+        return f"{self.recipe.name.removesuffix('-quick')}, shortened" if changed else self.recipe.title
 
     @property
     def grids(self) -> list[str]:
@@ -78,6 +86,14 @@ class Folder:
             raise ValueError(f"evidence: {self.path} has no finished run of laq at bits {bits}, the reference; run it.")
         return Group(title=bits, settings=tuple(settings), reference=reference, target=self.design.get("target"))
 
+    def to_target(self, group: Group, setting: Setting) -> Reached:
+        """The target loss, and the mean of what it cost a setting: steps, gradients, seconds; None if not all reached it."""
+        if self.reached is not None:
+            return self.reached[group.title, setting.values["method"]]
+        target, costs = group.target_loss, zip(REACHED[1:], COSTS, strict=True)
+        samples = {name: None if target is None else setting.to_reach(target, cost) for name, cost in costs}
+        return {REACHED[0]: target} | {name: of and of.mean for name, of in samples.items()}
+
     def lr(self, setting: Setting) -> float:
         """The learning rate that a setting was run with."""
         return self.recipe_of(setting.runs[0]).optim.lr
@@ -87,10 +103,34 @@ class Folder:
         return self.recipes[run.name]
 
     def edges(self) -> list[str]:
-        """Variants whose chosen learning rate is the lowest or highest of the grid."""
-        rates = [float(row["lr"]) for row in self.tuning]
-        edge = {min(rates), max(rates)} if len(set(rates)) > 1 else set()
-        return [row["setting"] for row in self.tuning if row["chosen"] == "True" and float(row["lr"]) in edge]
+        """Variants whose chosen learning rate is the lowest or highest of the grid, and which nobody tried beyond it."""
+        return [name for name in self._at_the_edge() if name not in self.beyond()]
+
+    def _at_the_edge(self) -> dict[str, Mapping[str, str]]:
+        rates = self._rates()
+        edge = {min(rates), max(rates)} if len(rates) > 1 else set()
+        chosen = [row for row in self.tuning if row["chosen"] == "True"]
+        return {row["setting"]: row for row in chosen if float(row["lr"]) in edge}
+
+    def beyond(self) -> dict[str, str]:
+        """Variants at the edge that were tried beyond it, and what came of it in words."""
+        field = self.measure.field.replace("test", "validation")
+        said: dict[str, str] = {}
+        for name, row in self._at_the_edge().items():
+            rows = [of for of in (self.wider[2] if self.wider else ()) if of["setting"] == name and of[field]]
+            tried = {float(of["lr"]): float(of[field]) for of in rows}
+            edge = tried.pop(float(row["lr"]), None)
+            outside = {rate: value for rate, value in tried.items() if rate not in self._rates()}
+            if edge is not None and outside:
+                # Another version may round otherwise; what is compared is of one.
+                before = f" ({float(row[field]):.4g} when it was chosen)" * (float(row[field]) != edge)
+                values = ", ".join(f"{value:.4g} at {rate:g}" for rate, value in outside.items())
+                better = " (BETTER)" * (min(outside.values()) < edge)
+                said[name] = f"{name} {edge:.4g} at {float(row['lr']):g}{before}, {values}{better}"
+        return said
+
+    def _rates(self) -> set[float]:
+        return {float(row["lr"]) for row in self.tuning}
 
     def command(self) -> str:
         """The command that makes these runs."""
@@ -120,11 +160,13 @@ class Folder:
 
     def shortened(self) -> str:
         """Where the runs differ from the recipe in full, in words; empty where they do not."""
-        full = self.recipe.name.removesuffix("-quick")
-        asked = {*CHOSEN, *(["optim.lr"] if self.tuning else []), *self.design.get("sets", {})}
-        changed = {key: of for key, of in _changed(full, self.recipe).items() if key not in asked}
-        changed = {key: of for key, of in changed.items() if not key.startswith("probes.")}
+        changed = self._of_task(_changed(self.recipe.name.removesuffix("-quick"), self.recipe))
         return "; ".join(f"{key} {_toml(now)} (not {_toml(before)})" for key, (before, now) in changed.items())
+
+    def _of_task(self, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+        """Those of the changes that change the task: not what is compared, nor that it is probed."""
+        compared = {*CHOSEN, *(["optim.lr"] if self.tuning else []), *self.design.get("sets", {})}
+        return {key: of for key, of in changed.items() if key not in compared and not key.startswith("probes.")}
 
     def caveats(self) -> Iterator[str]:
         """What weakens the numbers of this folder, a sentence each."""
@@ -137,10 +179,13 @@ class Folder:
             yield "One learning rate for all methods, not each its own: a method that prefers another one is wronged."
         if self.tuning:
             grid = ", ".join(dict.fromkeys(f"{float(row['lr']):g}" for row in self.tuning))
-            edges = self.edges()
-            chosen = "none of the choices lies at an edge of the grid"
+            edges, beyond = self.edges(), self.beyond()
+            chosen = "none of the choices lies at an edge of the grid" + " untried beyond it" * bool(beyond)
             if edges:
                 chosen = f"at the edge of the grid, so that a better one may lie outside: {', '.join(edges)}"
+            if beyond:
+                what = self.measure.name.replace("test", "validation")
+                chosen += f". Beyond the edge, by {what} in {WIDER}/tuning.csv: {'; '.join(beyond.values())}"
             each = int(self.tuning[0]["seeds"])
             yield f"Learning rates {grid}, chosen with {each} seed{'s' * (each > 1)} on validation data; {chosen}."
         if self.failures:
@@ -153,39 +198,38 @@ class Folder:
         """Copy the small files of a comparison, and of one run what all share; write the command beside them."""
         target = out / self.name
         target.mkdir(parents=True, exist_ok=True)
-        for name in RAW:
-            if (self.path / name).exists():
-                shutil.copyfile(self.path / name, target / name)
+        if target.resolve() != self.path.resolve():
+            for name in RAW:
+                if (self.path / name).exists():
+                    shutil.copyfile(self.path / name, target / name)
+            if self.wider is not None:
+                (target / WIDER).mkdir(exist_ok=True)
+                for name in RAW[1:]:
+                    shutil.copyfile(self.path / WIDER / name, target / WIDER / name)
+        (target / LEFT).unlink(missing_ok=True)
+        if left := {**dict.fromkeys(self.missing, ""), **self.failures}:
+            (target / LEFT).write_text(json.dumps(left, indent=2) + "\n", encoding="utf-8")
         (target / "versions.json").write_text(json.dumps(self.versions, indent=2) + "\n", encoding="utf-8")
-        (target / "command.txt").write_text(self.command() + "\n", encoding="utf-8")
+        commands = [self.command()]
+        if self.wider is not None:
+            recipe, design, _ = self.wider
+            commands.append(replace(self, name=f"{self.name}/{WIDER}", recipe=recipe, design=design).command())
+        (target / "command.txt").write_text("\n".join(commands) + "\n", encoding="utf-8")
 
 
 def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
-    """Read a folder of `blaq compare` or `blaq ablate`.
+    """Read a folder of `blaq compare` or `blaq ablate`, or the copy of its small files beside earlier pages.
 
     Raises:
         ValueError: it is not of that kind, or has no finished run.
     """
     if not (path / "comparison.json").exists():
         raise ValueError(f"evidence: {path} has no comparison.json; name a folder that blaq compare or ablate wrote.")
-    design = json.loads((path / "comparison.json").read_text(encoding="utf-8"))
+    design = read_json(path / "comparison.json")
     if design["kind"] != kind:
         raise ValueError(f"evidence: {path} is a folder of blaq {design['kind']}, expected one of blaq {kind}.")
-    runs, recipes, zigzag, missing, versions = [], {}, {}, [], None
-    for recipe_file in sorted((path / "runs").glob("*/recipe.toml")):
-        directory = RunDirectory(recipe_file.parent)
-        name = directory.path.name
-        if not directory.finished:
-            missing.append(name)
-            continue
-        result, recipe = read_result(directory), load_recipe(recipe_file)
-        settings = {"method": result.method, "bits": str(result.bits)}
-        if design["kind"] == "ablate":
-            settings = {key: str(_flat(recipe)[key]) for key in design["sets"]}
-        runs.append(Run(name=name, settings=settings, result=result, metrics=directory.metrics()))
-        recipes[name] = recipe
-        zigzag[name] = read_rows(directory.zigzag_file)
-        versions = versions or json.loads((directory.path / "versions.json").read_text(encoding="utf-8"))
+    source = read(path, design)
+    runs = source.runs
     if not runs:
         raise ValueError(f"evidence: {path} has no finished run yet.")
     order = {name: number for number, name in enumerate(design.get("methods", []))}
@@ -195,40 +239,33 @@ def read_folder(path: Path, kind: Literal["compare", "ablate"]) -> Folder:
             run.settings["bits"] != "float", grids.index(run.settings["bits"]) if run.settings["bits"] in grids else 0,
             order[run.settings["method"]], run.result.seed,
         ))  # fmt: skip
-    results, tuning = path / "results.json", path / "tuning.csv"
+    wider = path / WIDER
     return Folder(
         name=path.resolve().name,
         path=path,
         recipe=load_recipe(path / "recipe.toml"),
         design=design,
         runs=tuple(runs),
-        recipes=recipes,
-        zigzag=zigzag,
-        tuning=list(csv.DictReader(tuning.read_text(encoding="utf-8").splitlines())) if tuning.exists() else [],
-        failures=json.loads(results.read_text(encoding="utf-8"))["failures"] if results.exists() else {},
-        versions=versions or {},
-        missing=missing,
+        recipes=source.recipes,
+        zigzag=source.zigzag,
+        tuning=read_csv(path / "tuning.csv"),
+        failures=source.failures,
+        versions=source.versions,
+        missing=source.missing,
+        reached=source.reached,
+        wider=(load_recipe(wider / "recipe.toml"), read_json(wider / "comparison.json"), read_csv(wider / "tuning.csv"))
+        if (wider / "tuning.csv").exists()
+        else None,
     )
 
 
 def _changed(name: str, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys in which a recipe differs from the shipped one of a name, with both values; nothing is shipped: none."""
     try:
-        shipped = _flat(load_recipe(name))
+        shipped = flat(load_recipe(name))
     except ValueError:
         return {}
-    return {key: (shipped.get(key), value) for key, value in _flat(recipe).items() if shipped.get(key) != value}
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for name, member in value.items():
-                yield from walk(member, f"{key}.{name}" if key else name)
-        else:
-            yield key, value
-
-    return dict(walk(to_tree(asdict(recipe)), ""))
+    return {key: (shipped.get(key), value) for key, value in flat(recipe).items() if shipped.get(key) != value}
 
 
 def _toml(value: Any) -> str:

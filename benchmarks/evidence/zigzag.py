@@ -18,6 +18,7 @@ from blaq.train.tables import write_csv
 from blaq.zigzag.measures import TOTAL, Measures
 
 MEASURES = tuple(Measures.__dataclass_fields__)
+DIGITS = ".6g"
 SHOWN_BITS = ("1", "2")
 FALLS = ("oscillation_frequency", "flip_rate")
 
@@ -41,14 +42,18 @@ class Change:
 
 
 def of_run(folder: Folder, name: str, layer: str, measure: str, *, late: bool = True) -> float:
-    """A measure of a run, its mean over the second half of the epochs or the first (path efficiency: its end); NaN if none."""
+    """A measure of a run, its mean over the second half of the epochs or the first (path efficiency: its end); NaN if none.
+
+    Rounded as zigzag.csv has it, so that the pages can be written from that file too.
+    """
     rows = [row for row in folder.zigzag.get(name, ()) if row["layer"] == layer]
     half = len(rows) // 2
     rows = rows[half:] if late else rows[:half]
     values = [row[measure] for row in rows if row[measure] is not None]
     if not values:
         return math.nan
-    return float(values[-1]) if measure == "path_efficiency" else math.fsum(values) / len(values)
+    value = values[-1] if measure == "path_efficiency" else math.fsum(values) / len(values)
+    return float(f"{value:{DIGITS}}")
 
 
 def layers_of(folder: Folder) -> list[str]:
@@ -108,7 +113,7 @@ def page(folders: Sequence[Folder], gain_sections: Sequence[str]) -> tuple[str, 
     ]
     for folder in steps:
         for bits in _shown(folder):
-            sections += [f"## {folder.recipe.title}, {bits_text(bits)}", _totals(folder, bits)]
+            sections += [f"## {folder.task}, {bits_text(bits)}", _totals(folder, bits)]
             sections += [part for measure in FALLS for part in _layers(folder, bits, measure)]
     return document(sections), [*answers, *errors]
 
@@ -233,7 +238,7 @@ def write_measures(folders: Sequence[Folder], out: Path) -> None:
             for layer in layers_of(folder):
                 for half, late in (("first", False), ("second", True)):
                     found = {m: of_run(folder, run.name, layer, m, late=late) for m in MEASURES}
-                    texts = {name: "" if math.isnan(value) else f"{value:.6g}" for name, value in found.items()}
+                    texts = {name: "" if math.isnan(value) else f"{value:{DIGITS}}" for name, value in found.items()}
                     if any(texts.values()):
                         at = {"folder": folder.name, **run.settings, "lr": rate, "seed": run.result.seed}
                         rows.append({**at, "layer": layer, "half": half, **texts})

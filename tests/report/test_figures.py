@@ -107,6 +107,15 @@ def test_a_band_that_reaches_zero_is_cut_on_a_logarithmic_axis(tmp_path: Path, w
     assert figure.y["validation_error"].layout["yaxis.type"] == "linear"
 
 
+@pytest.mark.parametrize(("last", "ticks"), [(0.45, "D1"), (0.01, "D2")])
+def test_a_logarithmic_axis_has_ticks_however_short(
+    last: float, ticks: str, tmp_path: Path, write_run: WriteRun
+) -> None:
+    write_run(tmp_path / "laq", epochs=2, loss=[0.8, last])
+    figure = convergence(only_panel(tmp_path), "c", text=False)
+    assert figure.y["train_loss"].layout["yaxis.dtick"] == ticks
+
+
 def test_long_runs_are_thinned_and_say_so(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "laq", epochs=1000, loss=[1 / epoch for epoch in range(1, 1001)])
     figure = convergence(only_panel(tmp_path), "c", text=False)
@@ -270,6 +279,10 @@ def test_colours_belong_to_methods(compared: Path, tmp_path: Path, write_run: Wr
     assert len(set(scale)) == 3
     brightness = [sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in scale]
     assert brightness == sorted(brightness)  # told apart without any colour
+    assert all(200 < of < 600 for of in brightness)  # seen on dark, and on white
+    for a in (0.4, 1.0):
+        write_run(tmp_path / "one" / f"{a}", method="blaq", a=a)
+    assert set(colours(only_panel(tmp_path / "one").variants)) == {COLOURS["laq"], COLOURS["blaq"]}
 
 
 def every_figure(report: Report) -> list[Figure]:

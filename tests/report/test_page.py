@@ -137,6 +137,18 @@ def test_links_and_ids(tmp_path: Path, write_run: WriteRun) -> None:
     assert {link for link in found.links if not link.startswith("#")} == {"data:,"}
 
 
+def test_a_of_one_has_a_chart_of_its_own_beside_the_best_setting(tmp_path: Path, write_run: WriteRun) -> None:
+    for a in (0.4, 1.0):
+        write_run(tmp_path / f"a{a}", method="blaq", a=a, zigzag_rate=0.2)
+    report = build(read_runs([tmp_path]))
+    slugs = [figure.slug for figure in report.figures]
+    assert len(set(slugs)) == len(slugs)
+    assert {"1-bit-binary-weights-laq", "1-bit-binary-weights-blaq"} <= set(slugs)
+    (settings,) = (figure for figure in report.figures if figure.slug == "1-bit-binary-ablation-blaq")
+    title = "Validation data choose BLAQ, a = 0.4: test error 2.00 %, beside LAQ's (a = 1) 2.00 %"
+    assert settings.titles["test_error "] == title
+
+
 def test_text_of_a_recipe_cannot_break_the_page(tmp_path: Path, write_run: WriteRun, recipe: Recipe) -> None:
     title = "</script><script>alert(1)</script>"
     path = write_run(tmp_path / "<b>", recipe=replace(recipe, title=title), zigzag_rate=0.2)

@@ -256,6 +256,20 @@ def test_the_headline_gathers_the_panels(make: Make, tmp_path: Path) -> None:
     )
 
 
+def test_methods_that_stand_alike_share_a_line(make: Make, tmp_path: Path) -> None:
+    for bits in (1, 2):
+        make("laq", LAQ, bits=bits)
+        make("past", [1.5, 1.62, 1.38], bits=bits)
+        make("delayed", [1.5, 1.62, 1.38], bits=bits)
+        make("bwn", [2.5, 2.62, 2.38], bits=bits)
+    (task,) = arrange(read_runs([tmp_path]))
+    places = "1 bit (binary), 2 bits (ternary)"
+    assert headline(task)[:2] == [
+        f"Past and Delayed against LAQ at equal steps: ahead at {places}.",
+        f"BWN against LAQ at equal steps: behind at {places}.",
+    ]
+
+
 def test_nothing_finished_is_an_error(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "a", finished=False)
     with pytest.raises(ValueError, match="no run is finished yet"):

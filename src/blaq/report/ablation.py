@@ -15,6 +15,7 @@ from blaq.report.settings import method_name, setting_text
 from blaq.report.words import loss_digits
 from blaq.train.statistics import paired
 
+AXIS_TITLE = 200  # pixels that the title of a map's vertical axis takes
 FIELDS = {
     "test_error": "test error (%)",
     "test_loss": "test loss",
@@ -61,15 +62,15 @@ def _shown(variant: Variant, name: str) -> str:
 def _title(panel: Panel, variants: Sequence[Variant], name: str, *, text: bool) -> str:
     """The setting that validation data choose, and where LAQ stands to it."""
     best = min(variants, key=lambda variant: variant.mean(validation_field(text)))
-    what = FIELDS[name].removesuffix(" (%)")
-    title = f"Validation data choose {best.label}: {what} {_shown(best, name)}"
-    laq = next((variant for variant in panel.controls if variant.method == "laq"), None)
+    what, unit = FIELDS[name].removesuffix(" (%)"), " %" if name == "test_error" else ""
+    title = f"Validation data choose {best.label}: {what} {_shown(best, name)}{unit}"
+    laq = next((variant for variant in panel.controls if variant.method == "laq"), next(iter(panel.controls), None))
     if laq is None or laq is best:
         return title
     stands = standing(paired(best.results(name), laq.results(name)))
-    said = {"ahead": "lower", "behind": "higher", "level": "within seed noise of LAQ's", "unknown": "beside LAQ's"}
-    joined = said[stands] + (" than LAQ's" if stands in ("ahead", "behind") else "")
-    return f"{title}, {joined} {_shown(laq, name)}"
+    whose = "LAQ's" if laq.method == "laq" else "LAQ's (a = 1)"
+    said = {"ahead": "lower than", "behind": "higher than", "level": "within seed noise of", "unknown": "beside"}
+    return f"{title}, {said[stands]} {whose} {_shown(laq, name)}{unit}"
 
 
 def _caption(variants: Sequence[Variant]) -> str:
@@ -118,7 +119,7 @@ def _heat_map(
     method = method_name(variants[0].method)
     caption = f"{method}{f', {label}' if label else ''}. The darker, the worse. {_caption(variants)}"
     titles = {f"{name} ": _title(panel, variants, name, text=text) for name in y}
-    return Figure(slug, titles, caption, [trace], layout, y, height=150 + 44 * len(rows))
+    return Figure(slug, titles, caption, [trace], layout, y, height=150 + max(44 * len(rows), AXIS_TITLE))
 
 
 def _points(panel: Panel, variants: Sequence[Variant], setting: str, slug: str, *, text: bool) -> Figure:

@@ -25,6 +25,7 @@ BLUES = ("#E8F1FA", "#C6DBEF", "#9ECAE1", "#6BAED6", "#4292C6")  # black text ca
 CIVIDIS = ("#00224E", "#35456C", "#666970", "#948E77", "#C8B866", "#FEE838")
 
 MAX_POINTS = 500  # of a curve; longer ones show every k-th epoch
+DECADE = 10.0
 MAX_LEGEND = 12  # entries; beyond that the hover text names the curves
 
 MEASURES = {
@@ -146,15 +147,16 @@ def _moves(band: Band | None) -> bool:
 
 
 def colours(variants: Sequence[Variant]) -> list[str]:
-    """One colour a variant: that of its method, or, where a method has several, a scale over them."""
-    methods = [variant.method for variant in variants]
+    """One colour a variant: that of its method, or, where a method has several, a scale over them. a = 1, alone, is LAQ."""
+    alone = sum(variant.control for variant in variants) == 1
+    methods = ["laq" if variant.control and alone else variant.method for variant in variants]
     found = []
-    for index, variant in enumerate(variants):
-        count, rank = methods.count(variant.method), methods[:index].count(variant.method)
+    for index, method in enumerate(methods):
+        count, rank = methods.count(method), methods[:index].count(method)
         if count == 1:
-            found.append(COLOURS.get(variant.method, SKY))
+            found.append(COLOURS.get(method, SKY))
         else:  # the ends of the scale do not show on dark or on white
-            found.append(_on_scale(0.2 + 0.65 * rank / (count - 1)))
+            found.append(_on_scale(0.35 + 0.45 * rank / (count - 1)))
     return found
 
 
@@ -201,7 +203,7 @@ def _curves(
     y = {
         name: View(labels[name], _heights(bands, logarithmic.get(name, False)), {
             "yaxis.title.text": labels[name], "yaxis.type": "log" if logarithmic.get(name) else "linear",
-            **({"yaxis.dtick": "D2", "yaxis.tickformat": "~g"} if logarithmic.get(name) else {}),
+            **({"yaxis.dtick": _ticks(bands), "yaxis.tickformat": "~g"} if logarithmic.get(name) else {}),
         })
         for name, bands in measures.items()
     }  # fmt: skip
@@ -211,6 +213,12 @@ def _curves(
     if not few:
         note += " There are too many curves for a legend: point at one for its name."
     return Figure(slug, titles, caption + note, traces, base_layout(), y, x)
+
+
+def _ticks(bands: Sequence[Band | None]) -> str:
+    """Of a logarithmic axis: 1, 2 and 5, or every digit where those would leave a tick or two."""
+    ends = [(band.mean.min(), band.mean.max()) for band in bands if band is not None]
+    return "D1" if max(high for _, high in ends) < DECADE * min(low for low, _ in ends) else "D2"
 
 
 def _widths(bands: Sequence[Band], axis: str) -> list[Trace]:

@@ -8,7 +8,7 @@ from blaq.report.contrast import AXIS_WORDS, Comparison, challengers, compare
 from blaq.report.panels import Panel, Task, Variant
 from blaq.report.settings import method_name
 from blaq.report.signs import own_signs, signs
-from blaq.report.words import Statement, Tone, difference_text, plain, points
+from blaq.report.words import Statement, Tone, difference_text, joined, plain, points
 from blaq.train.statistics import paired
 
 
@@ -38,10 +38,11 @@ def verdict(panel: Panel, *, text: bool) -> list[Statement]:
 
 
 def headline(task: Task) -> list[str]:
-    """Where each method stands to LAQ over the panels of a task, a line for each method and axis."""
+    """Where the methods stand to LAQ over the panels of a task, a line for each axis and those that stand alike."""
     lines = []
     methods = dict.fromkeys(v.method for p in task.panels for v in challengers(p, text=task.text))
     for axis, words in AXIS_WORDS.items():
+        alike: dict[str, list[str]] = {}
         for method in methods:
             places: dict[str, list[str]] = {}
             for panel in task.panels:
@@ -51,7 +52,8 @@ def headline(task: Task) -> list[str]:
                         places.setdefault(rules.standing(found.main), []).append(panel.label)
             parts = [f"{_SAID[standing]} at {', '.join(places[standing])}" for standing in _SAID if standing in places]
             if parts:
-                lines.append(f"{method_name(method)} against LAQ at equal {words}: {'; '.join(parts)}.")
+                alike.setdefault("; ".join(parts), []).append(method_name(method))
+        lines += [f"{joined(names)} against LAQ at equal {words}: {said}." for said, names in alike.items()]
     return lines
 
 

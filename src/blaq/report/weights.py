@@ -69,9 +69,14 @@ def trajectories(variants: Sequence[Variant], slug: str) -> list[Figure]:
     grids = grids_of(probed[0][0].runs[0])
     reach = {name: _reach([found[name] for _, found in probed], grids.get(name)) for name in names}
     return [
-        _paths(variant, {name: found[name] for name in names}, grids, reach, f"{slug}-{variant.method}")
+        _paths(variant, {name: found[name] for name in names}, grids, reach, f"{slug}-{_part(variant)}")
         for variant, found in probed
     ]
+
+
+def _part(variant: Variant) -> str:
+    """Of a slug: a = 1 of a method stands beside that method's best setting, and is LAQ."""
+    return "laq" if variant.control else variant.method
 
 
 def _layers(probed: Sequence[Mapping[str, Trajectory]]) -> list[str]:
@@ -120,7 +125,8 @@ def _paths(
         counts = changes(trajectory)[:weights]
         moved = sum(count > 0 for count in counts)
         titles[f"{name} "] = (
-            f"{variant.label}: {moved} of {weights} followed weights of {name} change their level, {sum(counts)} times in all"
+            f"{variant.label}: {moved} of {weights} followed weights of {name} change their level, {sum(counts)} "
+            f"{'time' if sum(counts) == 1 else 'times'} in all"
         )
     layout = base_layout(showlegend=False)
     layout["xaxis"] |= {"title": {"text": "steps"}}

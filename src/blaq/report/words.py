@@ -1,7 +1,7 @@
 """Sentences of the report and the words for its numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,3 +77,14 @@ def loss_digits(mean: float) -> int:
 def _signed(value: float, magnitude: str) -> str:
     zero = not any(digit in magnitude for digit in "123456789")
     return magnitude if zero else f"{MINUS if value < 0 else '+'}{magnitude}"
+
+
+def joined(names: Sequence[str]) -> str:
+    """Names in a row.
+
+    Example:
+        >>> joined(["BLAQ", "Past", "BWN"])
+        'BLAQ, Past and BWN'
+    """
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
