@@ -114,18 +114,21 @@ def looks(scale_RS: Tensor, grid: Grid, aside: float) -> Tensor:
     return inverse(torch.cat([scale_RS, scale_RS * (1 + aside)], 1) if more else scale_RS)
 
 
-def sums_to_follow(w_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor) -> tuple[Tensor, ...]:
-    """What `follow` needs of some entries, (R, S) each: the largest magnitude, then S1 and S2 at every look."""
+def sums_to_follow(w_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor, wide: bool) -> tuple[Tensor, ...]:
+    """What `follow` needs of some entries, (R, S) each: the largest magnitude, then S1 and S2 at every look.
+
+    ``wide``: the sums of a closed form in float64.
+    """
     both = enumerate(sides(w_RN, d_RN, grid))
-    found = [_side_to_follow(u, d, grid, looks_RL[:, side :: grid.scales]) for side, (u, d) in both]
+    found = [_side_to_follow(u, d, grid, looks_RL[:, side :: grid.scales], wide) for side, (u, d) in both]
     return found[0] if len(found) == 1 else tuple(torch.cat(of_sides, 1) for of_sides in zip(*found, strict=True))
 
 
-def _side_to_follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor) -> tuple[Tensor, ...]:
+def _side_to_follow(u_RN: Tensor, d_RN: Tensor, grid: Grid, looks_RL: Tensor, wide: bool) -> tuple[Tensor, ...]:
     largest = u_RN.amax(1, keepdim=True)
     if grid.has_closed_form:
-        s1, s2 = (t.sum(1, keepdim=True, dtype=torch.float64) for t in (d_RN.double() * u_RN, d_RN))
-        return largest, s1, s2
+        d_RN = d_RN.double() if wide else d_RN
+        return largest, (d_RN * u_RN).sum(1, keepdim=True), d_RN.sum(1, keepdim=True)
     pairs = [sums(u_RN, d_RN, look.unsqueeze(1), grid) for look in looks_RL.unbind(1)]
     return largest, *(s for pair in pairs for s in pair)
 

@@ -47,7 +47,7 @@ class Batch:
             return None
         grid = Grid.parse(self.group["grid"])
         follows = grid.has_closed_form or (self.group["solver"] == "alternating" and self.t > 1)
-        return How(grid, follows, self.group["curvature"])
+        return How(grid, follows, self.group["curvature"], wide=self.group["solver"] == "exact")
 
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
         """The tensors, one a parameter and of its shape, as one matrix (rows of all, N): for a single one a view."""

@@ -34,6 +34,8 @@ class How(NamedTuple):
     follows: bool
     """Whether the pass itself finds the scale, from the last one; else it returns the metric that a solver needs."""
     curvature: str
+    wide: bool = False
+    """Whether the sums of a closed form are taken in float64, as the exact solver takes all its sums."""
 
 
 Found = Tensor | tuple[Tensor, ...]
@@ -83,7 +85,7 @@ def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
 def _found(w: Tensor, d: Tensor, looks: Tensor, how: How) -> Found:
     if not how.follows:
         return d
-    return sums_to_follow(w, torch.ones_like(d) if how.curvature == "unit" else d, how.grid, looks)
+    return sums_to_follow(w, torch.ones_like(d) if how.curvature == "unit" else d, how.grid, looks, how.wide)
 
 
 def _scale(found: tuple[Tensor, ...], how: How) -> Tensor:
