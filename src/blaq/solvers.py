@@ -108,9 +108,11 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
 def looks(scale_RS: Tensor, grid: Grid, aside: float) -> Tensor:
     """Where `follow` looks: the inverse of the last scales, and of those beside them, ``1 + aside`` times as large, (R, LS).
 
-    The more levels, the less an alternation moves from where it is; ternary grids need no second look.
+    The more levels, the less an alternation moves from where it is; ternary grids need no second look, a closed form none.
     """
-    more = len(grid.magnitudes) > 2 or not (grid.has_zero or grid.has_closed_form)
+    if grid.has_closed_form:
+        return scale_RS[:, :0]
+    more = len(grid.magnitudes) > 2 or not grid.has_zero
     return inverse(torch.cat([scale_RS, scale_RS * (1 + aside)], 1) if more else scale_RS)
 
 

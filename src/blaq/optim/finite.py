@@ -1,5 +1,6 @@
 """What may enter a step: gradients and latent weights that are finite, and whose squares are."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,16 +57,15 @@ def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], 
 
 
 def _all_small(tensors: list[Tensor]) -> bool:
-    """Whether the squared norms of tensors are finite: the moment adds up squares. One synchronisation."""
-    if not tensors:
-        return True
-    squares = [_square(t) for t in tensors]
-    like = squares[0]
-    if all(square.device == like.device and square.dtype == like.dtype for square in squares):
-        finite = torch.stack(squares).isfinite()
-    else:
-        finite = torch.stack([square.isfinite().to(like.device) for square in squares])
-    return bool(finite.all())
+    """Whether the squared norms of tensors are finite: the moment adds up squares. One synchronisation a device."""
+    squares: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        square = _square(t)
+        squares.setdefault((square.device, square.dtype), []).append(square)
+    return all(
+        all(math.isfinite(square) for square in (torch.stack(some).tolist() if len(some) > 1 else [some[0].item()]))
+        for some in squares.values()
+    )
 
 
 def _square(t: Tensor) -> Tensor:

@@ -117,11 +117,12 @@ def run(
     piece = _piece(columns)
     count = columns // piece if piece else 1
     pieces = tuple(t.view(rows * count, -1) for t in tensors)
-    at_pieces = at.repeat_interleave(count, 0) if count > 1 else at
+    at_pieces = at.repeat_interleave(count, 0) if count > 1 and at.numel() else at
     numbers = torch.tensor([number for number in r if number is not None], dtype=at.dtype, device=at.device)
+    ones = numbers.new_ones(rows * count, 1)
     found: Tensor = compiled.call(
         _with_numbers(function, how, tuple(number is None for number in r), piece is None),
-        (*pieces, at_pieces, scale, numbers),
+        (*pieces, at_pieces, scale, ones, numbers),
         lambda: _in_blocks(function, tensors, at, r, how),
     )
     return found if how.follows else found.view(rows, columns)
@@ -199,12 +200,13 @@ def _with_numbers(function: Callable[..., Any], how: How, absent: tuple[bool, ..
     """The pass with its numbers in one tensor, the last argument; those absent are None. `whole`: rows are not in pieces."""
 
     def with_numbers(*arguments: Tensor) -> Any:
-        *tensors, at, scale, numbers = arguments
-        # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
-        # not join, and computes every entry twice.
-        one = at[:, :1].clamp(1.0, 1.0)
-        values = iter(numbers.unbind() if whole else [number * one for number in numbers.unbind()])
+        *tensors, at, scale, ones, numbers = arguments
+        values = iter(numbers.unbind())
         r = Rates(*[None if missing else next(values) for missing in absent])  # type: ignore[arg-type]
+        if not whole:
+            # A number of its own for every piece, in what all moments come from: else the compiler sees one flat loop in the
+            # update and one over pieces in the sums, which it does not join, and computes every entry twice.
+            r = r._replace(follow1=r.follow1 * ones, beta2=r.beta2 * ones)
         found = function(*tensors, at, r, how)
         if isinstance(found, Tensor):
             return found
