@@ -103,6 +103,30 @@ def test_compiled_equals_uncompiled(settings: dict[str, Any]) -> None:
     assert_close(plain, fast, rtol=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("grid", "granularity", "trial"), [("ternary", 64, "none"), ("linear4", "tensor", "fresh")], ids=str
+)
+def test_compiled_passes_make_nothing_of_the_size_of_the_weights(grid: str, granularity: str | int, trial: str) -> None:
+    p = nn.Parameter(torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)))
+    groups = [{"params": [p], "grid": grid, "granularity": granularity}]
+    opt = blaq.BLAQ(groups, trial=trial, compile=True)
+    gradients = [torch.randn_like(p) for _ in range(2)]
+
+    def step() -> None:
+        for gradient, half in zip(gradients, (opt.forward_step, opt.backtrack_step), strict=True):
+            p.grad = gradient
+            half() if trial == "fresh" else opt.step()
+
+    for _ in range(2):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sizes
+    assert max(sizes) < p.nbytes / 4  # sums of pieces, and scales
+    assert not compiled._Compiler.broken
+
+
 @pytest.mark.usefixtures("working_compiler")
 @pytest.mark.parametrize("grid", ["ternary", "ternary2", "linear4"])
 def test_the_exact_solver_is_the_same_with_compiled_loops(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def call(
             warnings.simplefilter("ignore")  # of the compiler about torch's own code
             result = compiled(*aliases)
     except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
-        _Compiler.broken = True
+        _Compiler.broken, _Compiler.last = True, None
         _log.warning(
             "torch.compile does not work here, steps run uncompiled (slower): %s", " ".join(str(error).split()[:40])
         )

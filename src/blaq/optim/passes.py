@@ -20,11 +20,12 @@ from blaq.projection import dequantize, nearest_levels, solve_scale, write_value
 from blaq.solvers import blocks, follow, join_to_follow, looks, sums_to_follow
 
 _BLOCK = 2**16  # entries that an uncompiled pass goes over at once
-LONGEST_PIECE = 4096  # entries that are added up as they come
-SHORTEST_PIECE = 64  # shorter ones do not pay for their loop
-_IN_ORDER = (
-    ("cpp.threads", 1),
-)  # one addition after the other: faster than atomic ones on few threads, and repeatable
+_LONGEST, _SHORTEST = (
+    4096,
+    64,
+)  # pieces of a row in a compiled one: as long as sums need no care, and long enough for a loop
+# One addition after the other: faster than atomic ones on few threads, and the same in every run.
+_IN_ORDER = (("cpp.threads", 1),)
 
 
 class How(NamedTuple):
@@ -161,8 +162,8 @@ def _piece(columns: int) -> int | None:
     The compiler adds up as many in float32, as they come; with more it takes care of rounding, which takes longer than
     all the rest of a pass.
     """
-    longest = max(piece for piece in range(1, min(columns, LONGEST_PIECE) + 1) if columns % piece == 0)
-    return longest if longest >= min(columns, SHORTEST_PIECE) else None
+    longest = max(piece for piece in range(1, min(columns, _LONGEST) + 1) if columns % piece == 0)
+    return longest if longest >= min(columns, _SHORTEST) else None
 
 
 def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
@@ -201,12 +202,10 @@ def _with_numbers(function: Callable[..., Any], how: How, absent: tuple[bool, ..
 
     def with_numbers(*arguments: Tensor) -> Any:
         *tensors, at, scale, ones, numbers = arguments
-        values = iter(numbers.unbind())
+        # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
+        # not join, and computes every entry twice, or stores it between.
+        values = iter(numbers.unbind() if whole else [number * ones for number in numbers.unbind()])
         r = Rates(*[None if missing else next(values) for missing in absent])  # type: ignore[arg-type]
-        if not whole:
-            # A number of its own for every piece, in what all moments come from: else the compiler sees one flat loop in the
-            # update and one over pieces in the sums, which it does not join, and computes every entry twice.
-            r = r._replace(follow1=r.follow1 * ones, beta2=r.beta2 * ones)
         found = function(*tensors, at, r, how)
         if isinstance(found, Tensor):
             return found
