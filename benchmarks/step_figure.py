@@ -35,11 +35,13 @@ def figure(report: dict[str, Any]) -> go.Figure:
         raise SystemExit(
             "step_figure.py: step.json holds no table over AdamW(fused=True); run benchmarks/step.py first."
         )
-    targets = {label(row): row["target"] for table in tables for row in table["rows"]}
+    # Those of channels, groups and both halves are over the plain case of their own table.
+    targets = dict.fromkeys((label(row), row["target"]) for table in tables for row in table["rows"])
+    names, values = zip(*targets, strict=True)
     drawn = go.Figure()
     line = {"color": "#1B1F24", "width": 3}
     marks = {"symbol": "line-ns", "size": 15, "line": line}
-    drawn.add_scatter(x=list(targets.values()), y=list(targets), mode="markers", marker=marks, name="target, at most")
+    drawn.add_scatter(x=list(values), y=list(names), mode="markers", marker=marks, name="target, at most")
     for table, colour in zip(tables, CYCLE, strict=False):
         rows, threads = table["rows"], table["threads"]
         low, high = ([abs(row["ratio"] - row["range"][end]) for row in rows] for end in (0, 1))
@@ -68,7 +70,7 @@ def figure(report: dict[str, Any]) -> go.Figure:
     drawn.update_yaxes(autorange="reversed", gridcolor="#E4E7EB", linecolor="#B0B7BF")
     drawn.update_layout(
         width=900,
-        height=150 + 24 * len(targets),
+        height=150 + 24 * len(set(names)),
         font={"family": "Arial, Helvetica, sans-serif", "size": 13, "color": "#1B1F24"},
         paper_bgcolor="#FFFFFF",
         plot_bgcolor="#FFFFFF",

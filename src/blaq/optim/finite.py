@@ -1,6 +1,5 @@
 """What may enter a step: gradients and latent weights that are finite, and whose squares are."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,10 +61,7 @@ def _all_small(tensors: list[Tensor]) -> bool:
     for t in tensors:
         square = _square(t)
         squares.setdefault((square.device, square.dtype), []).append(square)
-    return all(
-        all(math.isfinite(square) for square in (torch.stack(some).tolist() if len(some) > 1 else [some[0].item()]))
-        for some in squares.values()
-    )
+    return all(bool(torch.stack(some).isfinite().all()) for some in squares.values())
 
 
 def _square(t: Tensor) -> Tensor:
