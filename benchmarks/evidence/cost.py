@@ -127,18 +127,16 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _timed(times: Times) -> list[str]:
+    """The time of a step over AdamW's, a line for each network: the range of every method over bits and solvers."""
     lines = []
     for name, entry in times.report.get("recipes", {}).items():
-        judged = [row for row in entry["rows"] if row["target"] is not None]
-        missed = [row for row in judged if row["ratio"] > row["target"]]
-        worst = "; ".join(
-            f"{row['method']} at {bits_text(row['bits'])}, {row['solver']}: {row['ratio']:.2f} (target {row['target']:g})"
-            for row in missed
-        )
-        lines.append(
-            f"A step of {name} against AdamW: {len(judged) - len(missed)} of {len(judged)} cases meet their target"
-            + (f"; missed: {worst}." if missed else ".")
-        )
+        found = []
+        for method in dict.fromkeys(row["method"] for row in entry["rows"]):
+            rows = [row for row in entry["rows"] if row["method"] == method]
+            span = " to ".join(dict.fromkeys(f"{pick(row['ratio'] for row in rows):.2f}" for pick in (min, max)))
+            target = rows[0]["target"]
+            found.append(f"{method} {span}" + ("" if target is None else f" (target {target:g})"))
+        lines.append(f"A step of {name} over AdamW's: {', '.join(found)}.")
     return lines or ["No idle timing was given (`--epoch`): the times of a step are missing here."]
 
 
