@@ -162,8 +162,8 @@ def test_small_networks_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     trained(2)
     large = nn.Linear(1024, 1024, bias=False)
     opt = blaq.LAQ(blaq.param_groups(large, 1))
-    assert opt._fast
-    assert not blaq.LAQ(blaq.param_groups(large, 1), compile=False)._fast
+    assert opt.compiles
+    assert not blaq.LAQ(blaq.param_groups(large, 1), compile=False).compiles
 
 
 @pytest.mark.parametrize("trial", ["none", "fresh", "past", "delayed"])

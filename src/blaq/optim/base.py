@@ -291,8 +291,8 @@ class LatentOptimizer(Optimizer):
         return state["scale"] if latent is not None and known is latent and latent._version == version else latent
 
     @property
-    def _fast(self) -> bool:
-        """Whether the passes over the weights are compiled."""
+    def compiles(self) -> bool:
+        """Whether the passes over the weights are compiled, where there is a compiler."""
         if self.compile is not None:
             return self.compile
         weights = sum(p.numel() for group in self.param_groups if group["grid"] is not None for p in group["params"])

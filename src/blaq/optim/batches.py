@@ -1,12 +1,13 @@
 """Which parameters are stepped together: as one matrix in rows, in which each row has scales of its own.
 
-Small parameters of the same shape in rows become one matrix, so that a network of many small layers does not pay for
-Python once a layer; a large parameter is its own matrix, without a copy.
+Small parameters of the same shape in rows become one matrix, and small ones without a grid, of whatever shapes, one row, so
+that a network of many small layers does not pay for Python once a layer; a large parameter is its own matrix, without a copy.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ from blaq.optim.update import Group
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
 BATCH_UP_TO = 2**18  # weights of parameters together: what is copied stays in cache, in memory that is used again
 
+Entry = tuple[Group, Tensor, Tensor, State]
+"""A parameter with its group, its gradient and its state."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Parameters of one group, dtype, device, shape in rows, and step count.
+    """Parameters of one group, dtype, device and step count; with a grid also of one shape, in rows.
 
     Attributes:
         group: their group.
@@ -50,19 +54,22 @@ class Batch:
         return How(grid, follows, self.group["curvature"], wide=self.group["solver"] == "exact")
 
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
-        """The tensors, one a parameter and of its shape, as one matrix (rows of all, N): for a single one a view."""
-        return _joined([self._in_rows(t) for t in tensors])
+        """The tensors, one a parameter and of its shape, as one matrix (rows of all, N), without a grid (1, all): for a single
+        one a view.
+        """
+        pieces = [self._in_rows(t, like) for t, like in zip(tensors, self._likes, strict=True)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=0 if self.how is not None else 1)
 
     def put(self, matrix: Tensor, tensors: Sequence[Tensor]) -> None:
         """Write the rows of a matrix back to where `take` had them from."""
-        if len(tensors) > 1 or tensors[0].stride() != self._like.stride():  # else it was changed in place
+        if len(tensors) > 1 or tensors[0].stride() != self._likes[0].stride():  # else it was changed in place
             self.put_new(matrix, tensors)
 
     def put_new(self, matrix: Tensor, tensors: Sequence[Tensor]) -> None:
         """Write the rows of a matrix into tensors, one a parameter and of its shape."""
-        like = self._like
-        starts = [i * like.numel() for i in range(len(tensors))]
-        torch._foreach_copy_(list(tensors), [matrix.as_strided(like.shape, like.stride(), start) for start in starts])
+        starts = accumulate((like.numel() for like in self._likes), initial=0)
+        parts = [matrix.as_strided(of.shape, of.stride(), start) for of, start in zip(self._likes, starts, strict=False)]
+        torch._foreach_copy_(list(tensors), parts)
 
     def state(self, key: str) -> list[Tensor]:
         """An entry of all states."""
@@ -75,20 +82,19 @@ class Batch:
 
     def scales(self) -> Tensor:
         """The scales that the projection starts from, (rows of all, S)."""
-        return _joined(self.state("scale"))
+        scales = self.state("scale")
+        return scales[0] if len(scales) == 1 else torch.cat(scales)
 
     def next(self) -> "Batch":
         """The same parameters one step on."""
         return replace(self, t=self.t + 1)
 
-    @property
-    def _like(self) -> Tensor:
-        """Where the entries of a parameter of this batch lie in memory: densely, and row by row."""
-        like: Tensor = self.states[0]["exp_avg"]
-        return like
+    @cached_property
+    def _likes(self) -> list[Tensor]:
+        """Where the entries of each parameter lie in memory: densely, and row by row."""
+        return self.state("exp_avg")
 
-    def _in_rows(self, tensor: Tensor) -> Tensor:
-        like = self._like
+    def _in_rows(self, tensor: Tensor, like: Tensor) -> Tensor:
         if tensor.stride() != like.stride():
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         columns = tensor.numel() // max(self.rows, 1)
@@ -97,25 +103,39 @@ class Batch:
         return tensor.as_strided((self.rows, columns), (columns, 1))
 
 
-def batches(entries: Iterable[tuple[Group, Tensor, Tensor, State]], fast: bool) -> list[Batch]:
+def batches(entries: Iterable[Entry], fast: bool) -> list[Batch]:
     """Sort parameters with gradients into batches, about to take their next step; `fast`: compile what is taken often."""
-    found: dict[tuple[object, ...], list[tuple[Group, Tensor, Tensor, State]]] = {}
+    found: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         group, p, grad, state = entry
-        like = state["exp_avg"]
         alone = id(p) if p.numel() > TOGETHER_UP_TO else None
-        kind = (tuple(p.shape), like.stride(), p.dtype, grad.dtype, p.device)
+        shape = (p.shape, state["exp_avg"].stride()) if group["grid"] is not None else None
         past = (int(state["step"]), int(state.get("trial_step", 0)))
-        found.setdefault((id(group), *kind, *past, alone), []).append(entry)
-    return [
-        _batch(entries[start : start + most], fast)
-        for entries in found.values()
-        for most in [max(1, BATCH_UP_TO // max(1, entries[0][1].numel()))]
-        for start in range(0, len(entries), most)
-    ]
+        found.setdefault((id(group), alone, shape, p.dtype, grad.dtype, p.device, *past), []).append(entry)
+    return [_batch(some, fast) for entries in found.values() for some in _portions(entries)]
 
 
-def _batch(entries: list[tuple[Group, Tensor, Tensor, State]], fast: bool) -> Batch:
+def portions(sizes: Sequence[int]) -> list[int]:
+    """How many of the parameters of some numbers of weights are stepped together: those of every batch, in order."""
+    counts: list[int] = []
+    weights = 0
+    for size in sizes:
+        weights += size
+        if counts and weights <= BATCH_UP_TO:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+            weights = size
+    return counts
+
+
+def _portions(entries: list[Entry]) -> Iterator[list[Entry]]:
+    rest = iter(entries)
+    for count in portions([p.numel() for _, p, _, _ in entries]):
+        yield list(islice(rest, count))
+
+
+def _batch(entries: list[Entry], fast: bool) -> Batch:
     groups, parameters, gradients, states = zip(*entries, strict=True)
     rows = len(states[0]["scale"]) if "scale" in states[0] else 1
     t = int(states[0]["step"]) + 1
@@ -123,6 +143,3 @@ def _batch(entries: list[tuple[Group, Tensor, Tensor, State]], fast: bool) -> Ba
     once = batch.how is not None and not batch.how.follows and batch.group["solver"] == "alternating"
     return replace(batch, fast=fast and not once)  # no later step takes that pass
 
-
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

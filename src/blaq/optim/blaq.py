@@ -204,7 +204,7 @@ class BLAQ(LatentOptimizer):
         """A step of LAQ, of "past", or of "delayed"."""
         self._check_untouched()
         self._tell_observers(None)
-        for batch in batches(self._with_gradients(), self._fast):
+        for batch in batches(self._with_gradients(), self.compiles):
             steps.one_gradient(batch, self.trial)
             self._has_written(batch)
         self._count(1)
@@ -297,7 +297,7 @@ class BLAQ(LatentOptimizer):
     def _forward(self) -> None:
         self._check_untouched()
         pending = self._pending = _Pending({}, {}, {}, Snapshot.take(self.module, self._devices()))
-        for batch in batches(self._with_gradients(), self._fast):
+        for batch in batches(self._with_gradients(), self.compiles):
             pending.gradients.update(zip(batch.parameters, map(_kept, batch.gradients), strict=True))
             if batch.how is None:
                 pending.floats.update((p, p.clone()) for p in batch.parameters)
@@ -320,7 +320,7 @@ class BLAQ(LatentOptimizer):
         self._tell_observers(pending.gradients)
         self._pending = self._before = None
         pending.after_first.restore()
-        for batch in batches(self._with_gradients(), self._fast):
+        for batch in batches(self._with_gradients(), self.compiles):
             first = [pending.gradients[p] for p in batch.parameters]
             steps.advance(batch, first, batch.gradients)
             self._has_written(batch)

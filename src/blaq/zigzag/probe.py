@@ -9,9 +9,9 @@ from torch import Tensor
 from blaq.grids import Grid
 from blaq.optim.blaq import BLAQ
 from blaq.optim.options import parameter_name
+from blaq.zigzag.codes import codes_held, look_fast
 from blaq.zigzag.measures import TOTAL, Measures, cosines, gradient_error, norms, with_total
 
-TINY = 2.0**-149  # the smallest float32 above 0
 RATE = 0.01  # of the oscillation frequency's average, a step
 
 _Mean = Literal["gradient_cosine", "zigzag_rate", "flip_rate", "gradient_error", "trial_agreement"]
@@ -26,15 +26,12 @@ class _Layer:
     def __init__(self, opt: BLAQ, name: str, p: Tensor, grid: Grid | None) -> None:
         self.opt, self.name, self.p = opt, name, p
         self.grid = grid
-        self.thresholds: Tensor | None = None  # of a grid whose levels are not evenly spaced
-        if grid is not None and len(set(grid.levels.diff().tolist())) > 1:
-            self.thresholds = ((grid.levels[1:] + grid.levels[:-1]) / 2).to(p.device)
         self.origin = self.latent.clone()  # w_0
         self.codes: Tensor | None = None  # uint8
         self.direction: Tensor | None = None  # int8: of the last change of a code
         self.frequency: Tensor | None = None  # float32
         if grid is not None:
-            self.codes = self.held_codes()
+            self.codes = codes_held(*self._held(), grid).view(p.shape)
             self.direction = torch.zeros_like(self.codes, dtype=torch.int8)
             self.frequency = torch.zeros_like(self.codes, dtype=torch.float32)
 
@@ -49,30 +46,18 @@ class _Layer:
         latent = self.latent
         return torch.zeros_like(latent) if g is None else g.to(latent.dtype, copy=copy)
 
-    def held_codes(self) -> Tensor:
-        """`BLAQ.codes` without its check, which makes the device wait."""
-        assert self.grid is not None
-        scale = self.opt.state[self.p]["scale"].clamp(min=TINY)  # a row of zeros has the scale 0
-        values = self.p.detach().reshape(len(scale), -1).float()
-        if scale.shape[1] == 2:
-            scale = torch.where(values < 0, scale[:, :1], scale[:, 1:])
-        levels = values / scale
-        if self.thresholds is not None:
-            codes = torch.bucketize(levels, self.thresholds, out_int32=True)
-        else:
-            lowest, spacing = -self.grid.largest, 1.0 if self.grid.has_zero else 2.0
-            codes = levels.sub_(lowest).div_(spacing).round_()
-        return codes.to(torch.uint8).view(self.p.shape)
+    def _held(self) -> tuple[Tensor, Tensor]:
+        """What the parameter holds, in rows, and its scales."""
+        scale = self.opt.state[self.p]["scale"]
+        return self.p.detach().reshape(len(scale), -1), scale
 
-    def observe(self) -> tuple[Tensor, Tensor]:
-        """Look at the codes: how many have changed since the last look, and which of them back (bool, shape of p)."""
-        assert self.codes is not None and self.direction is not None
-        codes = self.held_codes()
-        direction = (codes > self.codes).to(torch.int8) - (codes < self.codes).to(torch.int8)
-        back = direction * self.direction < 0
-        self.direction.mul_(direction == 0).add_(direction)
-        self.codes = codes
-        return direction.count_nonzero(), back
+    def look(self, rates: Tensor | None) -> Tensor:
+        """Look at the codes: how many have changed since the last look. With rates, those that changed back are counted."""
+        assert self.grid is not None and self.codes is not None and self.direction is not None
+        values, scale = self._held()
+        followed = [self.codes, self.direction] if rates is None else [self.codes, self.direction, self.frequency]
+        in_rows = [t.view(values.shape) for t in followed if t is not None]
+        return look_fast(values, scale, in_rows, rates, self.grid, self.opt.compiles)
 
 
 class ZigZag:
@@ -213,15 +198,10 @@ class ZigZag:
     def _observe_codes(self, t: int, probed: bool) -> None:
         """Only a probed step counts; the looks before it tell in which direction a code changed last."""
         rate = 1 - (1 - RATE) ** (t - self._last_probe)
-        flips = []
-        for layer in self._layers:
-            changed, back = layer.observe()
-            if probed:
-                assert layer.frequency is not None
-                layer.frequency.mul_(1 - rate).add_(back, alpha=rate)
-                flips.append(changed)
+        rates = torch.tensor([1 - rate, rate], dtype=torch.float32, device=self._device) if probed else None
+        changed = [layer.look(rates) for layer in self._layers]
         if probed:
-            self._add("flip_rate", with_total(flips) / self._sizes)
+            self._add("flip_rate", with_total(changed) / self._sizes)
 
     # --- what the user calls ------------------------------------------------------------------------------------------
 

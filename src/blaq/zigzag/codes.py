@@ -1,0 +1,99 @@
+"""The codes that a parameter holds, followed from look to look: one pass over the weights, compiled where steps are."""
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from blaq.grids import Grid
+from blaq.optim import compiled
+from blaq.solvers import blocks
+
+TINY = 2.0**-149  # the smallest float32 above 0
+_BLOCK = 2**16  # entries that are looked at at once, uncompiled
+
+
+def codes_held(values_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
+    """`BLAQ.codes` without its check, which makes the device wait: uint8 (R, N)."""
+    return _codes(values_RN, scale_RS, grid).to(torch.uint8)
+
+
+def _codes(values_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
+    """The same as integers in float32."""
+    values, scale = values_RN.float(), scale_RS.clamp(min=TINY)  # a row of zeros has the scale 0
+    if grid.two_scales:
+        scale = torch.where(values < 0, scale[:, :1], scale[:, 1:])
+    levels = values / scale
+    spacing = _spacing(grid)
+    if spacing is None:
+        thresholds = (grid.levels[1:] + grid.levels[:-1]) / 2
+        return torch.bucketize(levels, thresholds.to(levels.device), out_int32=True).float()
+    return ((levels + grid.largest) / spacing).round()
+
+
+def look(
+    values_RN: Tensor,
+    scale_RS: Tensor,
+    codes_RN: Tensor,
+    direction_RN: Tensor,
+    frequency_RN: Tensor | None,
+    rates: Tensor | None,
+    grid: Grid,
+) -> Tensor:
+    """Look at the codes, in place; returns how many have changed since the last look.
+
+    Args:
+        values_RN: what the parameter holds, in rows.
+        scale_RS: its scales, float32.
+        codes_RN: the codes at the last look, uint8; afterwards those of this one.
+        direction_RN: -1, 0 or 1, int8: in which direction a code changed last.
+        frequency_RN: float32: how often it changed back, an exponential average; None for a look that does not count.
+        rates: float32: how much of the average stays, and how much enters.
+        grid: the grid.
+    """
+    # In float32: processors work through bytes one by one.
+    codes, direction = _codes(values_RN, scale_RS, grid), direction_RN.float()
+    change = (codes - codes_RN.float()).clamp(-1, 1)
+    if frequency_RN is not None and rates is not None:
+        back = (-change * direction).clamp(min=0)
+        frequency_RN.copy_(frequency_RN * rates[0] + back * rates[1])
+    direction_RN.copy_(torch.where(change == 0, direction, change))
+    codes_RN.copy_(codes)
+    return (change != 0).to(torch.int32).sum(dtype=torch.int32)
+
+
+def look_fast(
+    values_RN: Tensor, scale_RS: Tensor, followed: Sequence[Tensor], rates: Tensor | None, grid: Grid, fast: bool
+) -> Tensor:
+    """`look` at ``followed``, codes and direction, and with `rates` the frequency: compiled where `fast` and where it can be."""
+    function = _with_grid(grid, counts=rates is not None)
+    counting = () if rates is None else (rates,)
+
+    def in_blocks() -> Tensor:
+        changed = torch.zeros((), dtype=torch.int32, device=values_RN.device)
+        for rows, columns in blocks(values_RN.shape, _BLOCK):
+            for some in columns:
+                changed += function(values_RN[rows, some], scale_RS[rows], *(t[rows, some] for t in followed), *counting)
+        return changed
+
+    if not fast or not compiled.usable() or _spacing(grid) is None or not values_RN.numel():
+        return in_blocks()
+    changed: Tensor = compiled.call(function, (values_RN, scale_RS, *followed, *counting), in_blocks)
+    return changed
+
+
+@functools.cache
+def _with_grid(grid: Grid, *, counts: bool) -> Callable[..., Tensor]:
+    def with_grid(*tensors: Tensor) -> Tensor:
+        return look(*tensors, grid) if counts else look(*tensors, None, None, grid)
+
+    return compiled.own_code(with_grid)
+
+
+def _spacing(grid: Grid) -> float | None:
+    """How far apart neighbouring levels are, where all are equally far: a code is then one rounding away."""
+    innermost = grid.magnitudes[1 if grid.has_zero else 0]
+    steps = {innermost * (1 if grid.has_zero else 2), *(outer - inner for inner, outer in pairwise(grid.magnitudes))}
+    return float(steps.pop()) if len(steps) == 1 else None
