@@ -98,9 +98,12 @@ def test_bytes_a_weight_and_the_largest_tensor() -> None:
     assert blaq.memory_report(groups).trial == "fresh"
     assert blaq.memory_report(groups).temporaries == 400_000
     assert blaq.memory_report([{"params": [w.bfloat16()], "grid": "ternary"}]).temporaries == 400_000
-    # Stepped together, six copies of each: of 30 all, of 3000 as many as make 2^18 weights.
-    assert blaq.memory_report([{"params": [b] * 30, "grid": "ternary"}]).temporaries == 30 * 6 * 4000
-    assert blaq.memory_report([{"params": [b] * 3000, "grid": "ternary"}]).temporaries == 262 * 6 * 4000
+    # Stepped together, seven copies of each: of 30 all, of 3000 as many as make 2^18 weights.
+    assert blaq.memory_report([{"params": [b] * 30, "grid": "ternary"}]).temporaries == 30 * 7 * 4000
+    assert blaq.memory_report([{"params": [b] * 3000, "grid": "ternary"}]).temporaries == 262 * 7 * 4000
+    c = torch.zeros(50, 2)
+    assert blaq.memory_report([{"params": [b, c], "grid": "ternary"}]).temporaries == 4000
+    assert blaq.memory_report([{"params": [b, c, b]}]).temporaries == 2100 * 7 * 4  # without a grid, whatever the shape
 
 
 class Peak(TorchDispatchMode):

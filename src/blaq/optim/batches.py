@@ -53,6 +53,11 @@ class Batch:
         follows = grid.has_closed_form or (self.group["solver"] == "alternating" and self.t > 1)
         return How(grid, follows, self.group["curvature"], wide=self.group["solver"] == "exact")
 
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a last gradient, of "past" or "delayed"."""
+        return bool(self.states[0]["trial_step"] > 0)
+
     def take(self, tensors: Iterable[Tensor]) -> Tensor:
         """The tensors, one a parameter and of its shape, as one matrix (rows of all, N), without a grid (1, all): for a single
         one a view.

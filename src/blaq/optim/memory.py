@@ -1,8 +1,8 @@
 """What training takes in memory beyond parameters and gradients, to be read before training."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from blaq.optim.base import LatentOptimizer
-from blaq.optim.batches import BATCH_UP_TO, TOGETHER_UP_TO
+from blaq.optim.batches import TOGETHER_UP_TO, portions
 from blaq.optim.options import REMEMBERING, TRIALS
 from blaq.optim.plan import SCALE_BYTES, listed, plan, size
 from blaq.projection import widen
 
-_COPIES = 6  # of what is stepped together: latent weight, both moments, up to two gradients, values
+_COPIES = 7  # of what is stepped together: latent weight, both moments, two gradients, trial point, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +151,24 @@ def memory_report(
     rows = tuple(
         _row(row.name, p, row.quantized, row.scales, trial) for row, p in zip(planned, parameters, strict=True)
     )
-    alike = Counter((row.moments // 2, row.latent, p.shape, p.dtype) for row, p in zip(rows, parameters, strict=True))
-    temporaries = [max(work, _together(shape.numel(), count) * work) for (work, _, shape, _), count in alike.items()]
-    return MemoryReport(trial, rows, max(temporaries, default=0))
+    return MemoryReport(trial, rows, _temporaries(groups, rows))
 
 
-def _together(weights: int, count: int) -> int:
-    """How many copies of a parameter there are at once when `count` like it take a step; of one alone none are needed."""
-    alone = weights > TOGETHER_UP_TO or count == 1
-    return 0 if alone else _COPIES * min(count, max(1, BATCH_UP_TO // max(1, weights)))
+def _temporaries(groups: Iterable[Mapping[str, Any]], rows: Sequence[MemoryRow]) -> int:
+    """As much as the largest parameter, or as the copies of those that are stepped together."""
+    most, rest = max((row.moments // 2 for row in rows), default=0), iter(rows)
+    for group in groups:
+        together: dict[tuple[object, ...], list[MemoryRow]] = {}
+        for p, row in zip(group["params"], rest, strict=False):
+            if row.weights <= TOGETHER_UP_TO:
+                alike = None if group.get("grid") is None else p.shape
+                together.setdefault((p.dtype, p.device, alike), []).append(row)
+        for some in together.values():
+            sized = iter(some)
+            for count in portions([row.weights for row in some]):
+                copied = sum(row.moments // 2 for row in islice(sized, count))
+                most = max(most, _COPIES * copied if count > 1 else 0)
+    return most
 
 
 def _row(name: str, p: Tensor, quantized: bool, scales: int, trial: str) -> MemoryRow:

@@ -60,9 +60,63 @@ def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, looks
     return _found(w, update.backtrack(w, m, v, g, g_trial, r), looks, how)
 
 
+def past(
+    to: Tensor,
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    g_trial: Tensor,
+    looks: Tensor,
+    r: Rates,
+    ahead: Rates,
+    how: How,
+) -> Found:
+    """A step of "past", in place, with the gradient of the last trial point in the place of g; then the next trial point."""
+    update.backtrack(w, m, v, g, g_trial, r)
+    g.copy_(g_trial)
+    return forward(to, w, m, v, g, looks, ahead, how)
+
+
+def first_past(
+    to: Tensor,
+    w: Tensor,
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    g_trial: Tensor,
+    looks: Tensor,
+    r: Rates,
+    ahead: Rates,
+    how: How,
+) -> Found:
+    """The first step of "past", where there is no last trial point: LAQ's."""
+    update.laq(w, m, v, g_trial, r)
+    g.copy_(g_trial)
+    return forward(to, w, m, v, g, looks, ahead, how)
+
+
 def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
     """Write the trial point of a parameter without a grid into a tensor, which may be w."""
     to.copy_(update.forward(w, m, v, g, r)[0])
+
+
+def past_float(
+    to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates, ahead: Rates
+) -> None:
+    """`past` of a parameter without a grid."""
+    update.backtrack(w, m, v, g, g_trial, r)
+    g.copy_(g_trial)
+    forward_float(to, w, m, v, g, ahead)
+
+
+def first_past_float(
+    to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates, ahead: Rates
+) -> None:
+    """`first_past` of a parameter without a grid."""
+    update.laq(w, m, v, g_trial, r)
+    g.copy_(g_trial)
+    forward_float(to, w, m, v, g, ahead)
 
 
 def write(p: Tensor, w: Tensor, scale: Tensor, how: How) -> None:
@@ -101,7 +155,7 @@ def run(
     function: Callable[..., Found],
     tensors: tuple[Tensor, ...],
     scale: Tensor,
-    r: Rates,
+    rates: tuple[Rates, ...],
     aside: float,
     how: How,
     fast: bool,
@@ -114,29 +168,32 @@ def run(
         return scale
     at = looks(scale.to(tensors[0].dtype), how.grid, aside)
     if not fast or not compiled.usable() or not columns:
-        return _in_blocks(function, tensors, at, r, how)
+        return _in_blocks(function, tensors, at, rates, how)
     piece = _piece(columns)
     count = columns // piece if piece else 1
     pieces = tuple(t.view(rows * count, -1) for t in tensors)
     at_pieces = at.repeat_interleave(count, 0) if count > 1 and at.numel() else at
-    numbers = torch.tensor([number for number in r if number is not None], dtype=at.dtype, device=at.device)
+    given = [number for r in rates for number in r if number is not None]
+    numbers = torch.tensor(given, dtype=at.dtype, device=at.device)
     ones = numbers.new_ones(rows * count, 1)
     found: Tensor = compiled.call(
-        _with_numbers(function, how, tuple(number is None for number in r), piece is None),
+        _with_numbers(function, how, len(rates), tuple(number is None for number in rates[0]), piece is None),
         (*pieces, at_pieces, scale, ones, numbers),
-        lambda: _in_blocks(function, tensors, at, r, how),
+        lambda: _in_blocks(function, tensors, at, rates, how),
     )
     return found if how.follows else found.view(rows, columns)
 
 
-def _in_blocks(function: Callable[..., Found], tensors: tuple[Tensor, ...], at: Tensor, r: Rates, how: How) -> Tensor:
+def _in_blocks(
+    function: Callable[..., Found], tensors: tuple[Tensor, ...], at: Tensor, rates: tuple[Rates, ...], how: How
+) -> Tensor:
     """A pass as it is, some entries at a time: what it makes for a moment stays small, and in cache."""
     like = tensors[0]
     result = like.new_empty(len(at), how.grid.scales, dtype=torch.float32) if how.follows else torch.empty_like(like)
     for rows, columns in blocks(like.shape, _BLOCK):
         pieces: tuple[Tensor, ...] = ()
         for i, some in enumerate(columns):
-            found = function(*(t[rows, some] for t in tensors), at[rows], r, how)
+            found = function(*(t[rows, some] for t in tensors), at[rows], *rates, how)
             if isinstance(found, Tensor):
                 result[rows, some] = found
                 continue
@@ -148,11 +205,11 @@ def _in_blocks(function: Callable[..., Found], tensors: tuple[Tensor, ...], at: 
     return result
 
 
-def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], r: Rates) -> None:
+def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], rates: tuple[Rates, ...]) -> None:
     """An update of parameters without a grid, in place, some entries at a time."""
     for rows, columns in blocks(tensors[0].shape, _BLOCK):
         for some in columns:
-            function(*(t[rows, some] for t in tensors), r)
+            function(*(t[rows, some] for t in tensors), *rates)
 
 
 @functools.cache
@@ -197,16 +254,21 @@ def _with_how(function: Callable[..., Any], how: How) -> Callable[..., Any]:
 
 
 @functools.cache
-def _with_numbers(function: Callable[..., Any], how: How, absent: tuple[bool, ...], whole: bool) -> Callable[..., Any]:
-    """The pass with its numbers in one tensor, the last argument; those absent are None. `whole`: rows are not in pieces."""
+def _with_numbers(
+    function: Callable[..., Any], how: How, steps: int, absent: tuple[bool, ...], whole: bool
+) -> Callable[..., Any]:
+    """The pass with its numbers, those of one step or two, in one tensor, the last argument; those absent are None.
+
+    `whole`: rows are not in pieces.
+    """
 
     def with_numbers(*arguments: Tensor) -> Any:
         *tensors, at, scale, ones, numbers = arguments
         # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
         # not join, and computes every entry twice, or stores it between.
         values = iter(numbers.unbind() if whole else [number * ones for number in numbers.unbind()])
-        r = Rates(*[None if missing else next(values) for missing in absent])  # type: ignore[arg-type]
-        found = function(*tensors, at, r, how)
+        rates = [Rates(*[None if missing else next(values) for missing in absent]) for _ in range(steps)]  # type: ignore[arg-type]
+        found = function(*tensors, at, *rates, how)
         if isinstance(found, Tensor):
             return found
         return _scale(tuple(t.view(len(scale), -1, how.grid.scales) for t in found), how)

@@ -13,66 +13,76 @@ from blaq.solvers import look_aside
 
 def one_gradient(batch: Batch, trial: str) -> None:
     """A step of LAQ, of "past", or of "delayed"."""
-    remembered = batch.state("trial_grad") if trial in ("past", "delayed") else []
-    if remembered and batch.states[0]["trial_step"] > 0:
-        # "past": the last trial gradient stands in for g. "delayed": the last gradient for that of a trial.
-        here, there = (remembered, batch.gradients) if trial == "past" else (batch.gradients, remembered)
-        advance(batch, here, there, write=trial != "past")
-    else:
-        advance(batch, batch.gradients, write=trial != "past")
-    if remembered:
-        torch._foreach_copy_(remembered, list(batch.gradients))
-        for state in batch.states:
-            state["trial_step"].fill_(batch.t)
     if trial == "past":
-        _hold_next_trial(batch)
+        _past(batch)
+    elif trial == "delayed":
+        last = batch.state("trial_grad")
+        # The last gradient stands in for that of a trial; the first step has none.
+        advance(batch, *([batch.gradients, last] if batch.remembers else [batch.gradients]))
+        torch._foreach_copy_(last, list(batch.gradients))
+        _remember_step(batch)
+    else:
+        advance(batch, batch.gradients)
 
 
-def advance(batch: Batch, *gradients: Sequence[Tensor], write: bool = True) -> None:
-    """The step with one gradient, or back from the trial point and on with the blend of both; without `write` the parameters
-    are left for a trial point to come.
-    """
+def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
+    """The step with one gradient, or back from the trial point and on with the blend of both."""
     w, m, v, g = _taken(batch, gradients[0])
     tensors = (w, m, v, g, *map(batch.take, gradients[1:]))
     _count(batch)
-    r = Rates.of(batch.group, batch.t)
+    rates = (Rates.of(batch.group, batch.t),)
     if batch.how is None:
-        passes.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, r)
+        passes.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates)
     else:
-        how = batch.how if write else batch.how._replace(follows=False)
         function = passes.backtrack if len(gradients) > 1 else passes.laq
-        found = passes.run(function, tensors, batch.scales(), r, look_aside(batch.t), how, batch.fast)
-        if write:
-            _write(batch, w, passes.solve(w, found, batch.how, batch.fast))
+        found = passes.run(function, tensors, batch.scales(), rates, look_aside(batch.t), batch.how, batch.fast)
+        scale = passes.solve(w, found, batch.how, batch.fast)
+        _put_scales(batch, scale)
+        _write_values(batch, w, scale)
     _put(batch, w, m, v)
 
 
 def to_trial_point(batch: Batch) -> list[Tensor]:
     """Let the parameters hold the trial point; nothing of the state changes. Returns its scales, one a parameter."""
     w, m, v, g = _taken(batch, batch.gradients)
-    return _ahead(batch, w, m, v, g)
-
-
-def _hold_next_trial(batch: Batch) -> None:
-    """ "past": where a step along the newest trial gradient would lead."""
-    ahead = batch.next()
-    w, m, v, g = _taken(ahead, ahead.gradients)
-    for state, scale in zip(ahead.states, _ahead(ahead, w, m, v, g), strict=False):
-        state["scale"] = scale
-
-
-def _ahead(batch: Batch, w: Tensor, m: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
-    r = Rates.of(batch.group, batch.t)
     w_trial = _room(batch, w)
+    rates = (Rates.of(batch.group, batch.t),)
     if batch.how is None:
-        passes.run_float(passes.forward_float, (w_trial, w, m, v, g), r)
+        passes.run_float(passes.forward_float, (w_trial, w, m, v, g), rates)
         batch.put(w_trial, batch.parameters)
         return []
     tensors = (w_trial, w, m, v, g)
-    found = passes.run(passes.forward, tensors, batch.scales(), r, look_aside(batch.t), batch.how, batch.fast)
+    found = passes.run(passes.forward, tensors, batch.scales(), rates, look_aside(batch.t), batch.how, batch.fast)
     scale = passes.solve(w_trial, found, batch.how, batch.fast)
     _write_values(batch, w_trial, scale)
     return list(torch.split(scale, batch.rows))
+
+
+def _past(batch: Batch) -> None:
+    """A step of "past", and on to where a step along the newest gradient would lead."""
+    ahead = batch.next()
+    w, m, v, g = _taken(batch, batch.state("trial_grad"))
+    w_trial = _room(batch, w)
+    tensors = (w_trial, w, m, v, g, batch.take(batch.gradients))
+    rates = (Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead.t))
+    _count(batch)
+    if ahead.how is None:
+        passes.run_float(passes.past_float if batch.remembers else passes.first_past_float, tensors, rates)
+        batch.put(w_trial, batch.parameters)
+    else:
+        function = passes.past if batch.remembers else passes.first_past
+        found = passes.run(function, tensors, batch.scales(), rates, look_aside(ahead.t), ahead.how, ahead.fast)
+        scale = passes.solve(w_trial, found, ahead.how, ahead.fast)
+        _put_scales(batch, scale)
+        _write_values(ahead, w_trial, scale)
+    _put(batch, w, m, v)
+    batch.put(g, batch.state("trial_grad"))
+    _remember_step(batch)
+
+
+def _remember_step(batch: Batch) -> None:
+    for state in batch.states:
+        state["trial_step"].fill_(batch.t)
 
 
 def _taken(batch: Batch, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,9 +100,8 @@ def _count(batch: Batch) -> None:
     torch._foreach_add_(batch.state("step"), 1)
 
 
-def _write(batch: Batch, w: Tensor, scale: Tensor) -> None:
+def _put_scales(batch: Batch, scale: Tensor) -> None:
     torch._foreach_copy_(batch.state("scale"), list(torch.split(scale, batch.rows)))
-    _write_values(batch, w, scale)
 
 
 def _write_values(batch: Batch, w: Tensor, scale: Tensor) -> None:
