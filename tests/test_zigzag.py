@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import blaq
-from blaq.grids import GRIDS
+from blaq.grids import GRIDS, Grid
 from blaq.zigzag import Measures, ZigZag, cosines, gradient_error
+from blaq.zigzag.codes import codes_held, look_fast
 
 TRIALS = ["none", "fresh", "past", "delayed"]
 NOTHING = Measures(
@@ -762,3 +763,34 @@ def test_something_has_to_be_probed() -> None:
         ZigZag(opt)
     with pytest.raises(ValueError, match="gradient_error: no parameter is quantized"):
         gradient_error(opt, lambda: None)
+
+
+# --- looking at codes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["binary", "ternary", "ternary2", "linear3", "log3", "midrise2", "linear8"])
+def test_a_compiled_look_sees_the_same(name: str, rows: int, counts: bool) -> None:
+    """Bit for bit, at a size that fills no register, and with a row of zeros."""
+    torch.manual_seed(0)
+    grid = Grid.parse(name)
+    weights = [torch.randn(rows, 1037) for _ in range(4)]
+    weights[2][0] = 0
+    rates = torch.tensor([0.9, 0.1])
+    seen: list[list[Tensor]] = []
+    for fast in (False, True):
+        first = blaq.project(weights[0], None, grid, "channel")
+        codes, direction = codes_held(first.values, first.scale, grid), torch.zeros(rows, 1037, dtype=torch.int8)
+        assert torch.equal(codes, first.codes)
+        counting = [torch.zeros(rows, 1037), rates] if counts else []
+        found = []
+        for w in weights[1:]:
+            q = blaq.project(w, None, grid, "channel")
+            found += [look_fast(q.values, q.scale, codes, direction, counting, grid, fast), codes.clone()]
+            found += [direction.clone(), *(t.clone() for t in counting)]
+        seen.append(found)
+    plain, compiled = seen
+    assert_identical(compiled, plain)
+    codes_then, codes_now = plain[1], plain[1 + len(plain) // 3]
+    assert int(plain[len(plain) // 3]) == int((codes_then != codes_now).sum()) > 0

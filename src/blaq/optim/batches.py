@@ -24,7 +24,7 @@ Entry = tuple[Group, Tensor, Tensor, State]
 """A parameter with its group, its gradient and its state."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Parameters of one group, dtype, device and step count; with a grid also of one shape, in rows.
 
@@ -33,6 +33,7 @@ class Batch:
         t: the step that they are about to take, from 1.
         rows: of each parameter.
         fast: whether the passes over them are compiled.
+        how: what their passes are compiled for; None without a grid. The first step with a gradient is solved exactly.
         parameters, gradients, states: aligned.
     """
 
@@ -40,18 +41,10 @@ class Batch:
     t: int
     rows: int
     fast: bool
+    how: How | None
     parameters: Sequence[Tensor]
     gradients: Sequence[Tensor]
     states: Sequence[State]
-
-    @cached_property
-    def how(self) -> How | None:
-        """What their passes are compiled for; None without a grid. The first step with a gradient is solved exactly."""
-        if self.group["grid"] is None:
-            return None
-        grid = Grid.parse(self.group["grid"])
-        follows = grid.has_closed_form or (self.group["solver"] == "alternating" and self.t > 1)
-        return How(grid, follows, self.group["curvature"], wide=self.group["solver"] == "exact")
 
     @property
     def remembers(self) -> bool:
@@ -73,7 +66,9 @@ class Batch:
     def put_new(self, matrix: Tensor, tensors: Sequence[Tensor]) -> None:
         """Write the rows of a matrix into tensors, one a parameter and of its shape."""
         starts = accumulate((like.numel() for like in self._likes), initial=0)
-        parts = [matrix.as_strided(of.shape, of.stride(), start) for of, start in zip(self._likes, starts, strict=False)]
+        parts = [
+            matrix.as_strided(of.shape, of.stride(), start) for of, start in zip(self._likes, starts, strict=False)
+        ]
         torch._foreach_copy_(list(tensors), parts)
 
     def state(self, key: str) -> list[Tensor]:
@@ -92,7 +87,7 @@ class Batch:
 
     def next(self) -> "Batch":
         """The same parameters one step on."""
-        return replace(self, t=self.t + 1)
+        return replace(self, t=self.t + 1, how=_how(self.group, self.t + 1))
 
     @cached_property
     def _likes(self) -> list[Tensor]:
@@ -142,9 +137,16 @@ def _portions(entries: list[Entry]) -> Iterator[list[Entry]]:
 
 def _batch(entries: list[Entry], fast: bool) -> Batch:
     groups, parameters, gradients, states = zip(*entries, strict=True)
-    rows = len(states[0]["scale"]) if "scale" in states[0] else 1
-    t = int(states[0]["step"]) + 1
-    batch = Batch(groups[0], t, rows, fast, parameters, gradients, states)
-    once = batch.how is not None and not batch.how.follows and batch.group["solver"] == "alternating"
-    return replace(batch, fast=fast and not once)  # no later step takes that pass
+    group, t = groups[0], int(states[0]["step"]) + 1
+    how = _how(group, t)
+    once = how is not None and not how.follows and group["solver"] == "alternating"  # no later step takes that pass
+    rows = len(states[0]["scale"]) if how is not None else 1
+    return Batch(group, t, rows, fast and not once, how, parameters, gradients, states)
 
+
+def _how(group: Group, t: int) -> How | None:
+    if group["grid"] is None:
+        return None
+    grid = Grid.parse(group["grid"])
+    follows = grid.has_closed_form or (group["solver"] == "alternating" and t > 1)
+    return How(grid, follows, group["curvature"], wide=group["solver"] == "exact")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_LARGE = 2**14  # entries from which a call for a tensor of its own pays back
+
 
 @dataclass(slots=True)
 class Entry:
@@ -57,17 +59,19 @@ def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], 
 
 def _all_small(tensors: list[Tensor]) -> bool:
     """Whether the squared norms of tensors are finite: the moment adds up squares. One synchronisation a device."""
-    squares: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for t in tensors:
-        square = _square(t)
-        squares.setdefault((square.device, square.dtype), []).append(square)
-    return all(bool(torch.stack(some).isfinite().all()) for some in squares.values())
+        alike.setdefault((t.device, t.dtype), []).append(t)
+    return all(_all_small_alike(some, dtype) for (_, dtype), some in alike.items())
 
 
-def _square(t: Tensor) -> Tensor:
-    if t.is_contiguous() and t.dtype in (torch.float32, torch.float64):
-        flat = t.view(-1)
-        square: Tensor = torch.dot(flat, flat)  # on several threads, which a norm is not
-        return square
-    norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
-    return norm * norm
+def _all_small_alike(tensors: list[Tensor], dtype: torch.dtype) -> bool:
+    wide = torch.promote_types(dtype, torch.float32)
+    large = [t for t in tensors if t.dtype == wide and t.numel() > _LARGE and t.is_contiguous()]
+    small = [t for t in tensors if t.dtype != wide or t.numel() <= _LARGE or not t.is_contiguous()]
+    found = []
+    if large:
+        found.append(torch.stack([torch.dot(t.view(-1), t.view(-1)) for t in large]))  # on several threads
+    if small:
+        found.append(torch.stack(torch._foreach_norm(small, 2, wide)).square_())
+    return bool((found[0] if len(found) == 1 else torch.cat(found)).isfinite().all())

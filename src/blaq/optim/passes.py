@@ -101,9 +101,7 @@ def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rat
     to.copy_(update.forward(w, m, v, g, r)[0])
 
 
-def past_float(
-    to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates, ahead: Rates
-) -> None:
+def past_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates, ahead: Rates) -> None:
     """`past` of a parameter without a grid."""
     update.backtrack(w, m, v, g, g_trial, r)
     g.copy_(g_trial)

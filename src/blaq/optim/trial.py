@@ -50,7 +50,7 @@ class BufferState:
     """The buffers of a module and their values: also of those that a forward pass replaces, drops or makes."""
 
     def __init__(self, module: nn.Module | None) -> None:
-        owners = module.modules() if module is not None else ()
+        owners = _all_modules(module) if module is not None else ()
         self._buffers = [(owner._buffers, dict(owner._buffers)) for owner in owners]
         found = {id(b): b for _, then in self._buffers for b in then.values() if b is not None and _is_writable(b)}
         self._values = [(buffer, buffer.detach().clone()) for buffer in found.values()]
@@ -63,6 +63,18 @@ class BufferState:
         with torch.no_grad():
             for buffer, values in self._values:
                 buffer.copy_(values)
+
+
+def _all_modules(module: nn.Module) -> Iterable[nn.Module]:
+    """`nn.Module.modules`, without the names that it makes: this is asked in every step."""
+    found = {module: None}  # a dict: it keeps the order
+    waiting = [module]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                waiting.append(child)
+    return found
 
 
 def _is_writable(buffer: Tensor) -> bool:

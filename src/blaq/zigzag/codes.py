@@ -38,8 +38,7 @@ def look(
     scale_RS: Tensor,
     codes_RN: Tensor,
     direction_RN: Tensor,
-    frequency_RN: Tensor | None,
-    rates: Tensor | None,
+    counting: Sequence[Tensor],
     grid: Grid,
 ) -> Tensor:
     """Look at the codes, in place; returns how many have changed since the last look.
@@ -49,14 +48,15 @@ def look(
         scale_RS: its scales, float32.
         codes_RN: the codes at the last look, uint8; afterwards those of this one.
         direction_RN: -1, 0 or 1, int8: in which direction a code changed last.
-        frequency_RN: float32: how often it changed back, an exponential average; None for a look that does not count.
-        rates: float32: how much of the average stays, and how much enters.
+        counting: how often codes changed back, an exponential average, float32 (R, N), and how much of it stays and how much
+            enters, float32 (2,); empty for a look that does not count.
         grid: the grid.
     """
     # In float32: processors work through bytes one by one.
     codes, direction = _codes(values_RN, scale_RS, grid), direction_RN.float()
     change = (codes - codes_RN.float()).clamp(-1, 1)
-    if frequency_RN is not None and rates is not None:
+    if counting:
+        frequency_RN, rates = counting
         back = (-change * direction).clamp(min=0)
         frequency_RN.copy_(frequency_RN * rates[0] + back * rates[1])
     direction_RN.copy_(torch.where(change == 0, direction, change))
@@ -65,29 +65,36 @@ def look(
 
 
 def look_fast(
-    values_RN: Tensor, scale_RS: Tensor, followed: Sequence[Tensor], rates: Tensor | None, grid: Grid, fast: bool
+    values_RN: Tensor,
+    scale_RS: Tensor,
+    codes_RN: Tensor,
+    direction_RN: Tensor,
+    counting: Sequence[Tensor],
+    grid: Grid,
+    fast: bool,
 ) -> Tensor:
-    """`look` at ``followed``, codes and direction, and with `rates` the frequency: compiled where `fast` and where it can be."""
-    function = _with_grid(grid, counts=rates is not None)
-    counting = () if rates is None else (rates,)
+    """`look`, compiled where `fast` and where it can be."""
+    function = _with_grid(grid)
+    matrices = (values_RN, codes_RN, direction_RN, *counting[:1])
 
     def in_blocks() -> Tensor:
         changed = torch.zeros((), dtype=torch.int32, device=values_RN.device)
         for rows, columns in blocks(values_RN.shape, _BLOCK):
             for some in columns:
-                changed += function(values_RN[rows, some], scale_RS[rows], *(t[rows, some] for t in followed), *counting)
+                values, *rest = (t[rows, some] for t in matrices)
+                changed += function(values, scale_RS[rows], *rest, *counting[1:])
         return changed
 
     if not fast or not compiled.usable() or _spacing(grid) is None or not values_RN.numel():
         return in_blocks()
-    changed: Tensor = compiled.call(function, (values_RN, scale_RS, *followed, *counting), in_blocks)
+    changed: Tensor = compiled.call(function, (values_RN, scale_RS, codes_RN, direction_RN, *counting), in_blocks)
     return changed
 
 
 @functools.cache
-def _with_grid(grid: Grid, *, counts: bool) -> Callable[..., Tensor]:
-    def with_grid(*tensors: Tensor) -> Tensor:
-        return look(*tensors, grid) if counts else look(*tensors, None, None, grid)
+def _with_grid(grid: Grid) -> Callable[..., Tensor]:
+    def with_grid(values: Tensor, scale: Tensor, codes: Tensor, direction: Tensor, *counting: Tensor) -> Tensor:
+        return look(values, scale, codes, direction, counting, grid)
 
     return compiled.own_code(with_grid)
 

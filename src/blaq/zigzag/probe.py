@@ -55,9 +55,9 @@ class _Layer:
         """Look at the codes: how many have changed since the last look. With rates, those that changed back are counted."""
         assert self.grid is not None and self.codes is not None and self.direction is not None
         values, scale = self._held()
-        followed = [self.codes, self.direction] if rates is None else [self.codes, self.direction, self.frequency]
-        in_rows = [t.view(values.shape) for t in followed if t is not None]
-        return look_fast(values, scale, in_rows, rates, self.grid, self.opt.compiles)
+        codes, direction = self.codes.view(values.shape), self.direction.view(values.shape)
+        counting = [] if rates is None or self.frequency is None else [self.frequency.view(values.shape), rates]
+        return look_fast(values, scale, codes, direction, counting, self.grid, self.opt.compiles)
 
 
 class ZigZag:
