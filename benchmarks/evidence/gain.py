@@ -87,7 +87,7 @@ def correlation(points: Sequence[Point]) -> tuple[list[str], str]:
                 together = name == "blaq alone"  # one method a cell: the deal is over the cells
                 cells = [0 if together else (point.folder.name, point.bits) for point in members]
                 rho, p = rank_correlation(x, y, cells)
-                shown = "-" if math.isnan(rho) else f"{rho:+.2f}"
+                shown = "-" if math.isnan(rho) else f"{rho:+z.2f}"
                 rows.append([name, zigzag, gain.replace("_", " "), shown, p_text(p), str(len(members))])
                 if zigzag == "oscillation" and name in ("all", "same learning rate as LAQ"):
                     sentences.append(_correlated(name, gain.replace("_", " "), rho, p, len(members)))
@@ -99,9 +99,9 @@ def _correlated(name: str, gain: str, rho: float, p: float, count: int) -> str:
     if math.isnan(rho):
         return f"Oscillation and {gain} ({where}): too few points to say."
     if p >= LEVEL:
-        return f"Oscillation and {gain} ({where}): no connection shown (rank correlation {rho:+.2f}, {p_is(p)})."
+        return f"Oscillation and {gain} ({where}): no connection shown (rank correlation {rho:+z.2f}, {p_is(p)})."
     way = "goes with a better result" if rho > 0 else "goes with a WORSE result"
-    return f"Oscillation and {gain} ({where}): its fall {way} (rank correlation {rho:+.2f}, {p_is(p)})."
+    return f"Oscillation and {gain} ({where}): its fall {way} (rank correlation {rho:+z.2f}, {p_is(p)})."
 
 
 def write_points(folders: Sequence[Folder], out: Path) -> None:

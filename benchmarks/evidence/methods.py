@@ -117,7 +117,7 @@ def _in_sum(judged: dict[bool, list[Contrast]]) -> tuple[list[str], str]:
                 count = {standing: len(_names(cells, standing)) for standing in STANDINGS}
                 rows.append([
                     method, equal, name, str(len(cells)), f"{lower} / {higher}", p_text(sign_test(lower, higher)),
-                    f"{100 * float(np.median([of.relative for of in cells])):+.1f} %", f"{count['ahead']} / "
+                    f"{100 * float(np.median([of.relative for of in cells])):+z.1f} %", f"{count['ahead']} / "
                     f"{count['behind']}",
                     f"{count['suggested ahead']} / {count['suggested behind']}", str(sum(of.rates is not None for of in cells)),
                 ])  # fmt: skip

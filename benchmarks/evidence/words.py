@@ -57,7 +57,7 @@ def _wrapped(section: str) -> str:
 
 def percent(value: float) -> str:
     """A share as a signed percentage."""
-    return f"{100 * value:+.0f} %"
+    return f"{100 * value:+z.0f} %"
 
 
 def bits_text(bits: str) -> str:

@@ -58,7 +58,7 @@ def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], 
 
 
 def _all_small(tensors: list[Tensor]) -> bool:
-    """Whether the squared norms of tensors are finite: the moment adds up squares. One synchronisation a device."""
+    """Whether the squared norms of tensors are finite: the moment adds up squares. One synchronisation a device and dtype."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for t in tensors:
         alike.setdefault((t.device, t.dtype), []).append(t)

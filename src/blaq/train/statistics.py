@@ -79,7 +79,7 @@ class Difference:
     def show(self, digits: int) -> str:
         """Mean ± half width, signed; the mean alone without an interval."""
         width = "" if math.isnan(self.half_width) else f" ± {self.half_width:.{digits}f}"
-        return f"{self.mean:+.{digits}f}{width}"
+        return f"{self.mean:+z.{digits}f}{width}"
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
