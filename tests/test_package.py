@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "projection": {"grids", "solvers", "bins", "exact"},
     "optim": {"grids", "solvers", "bins", "exact", "projection"},
     "tasks": set(),
-    "zigzag": {"grids", "projection", "optim"},
+    "zigzag": {"grids", "solvers", "projection", "optim"},
     "train": {"grids", "projection", "optim", "tasks", "zigzag", "__init__"},
     "export": {"grids", "projection", "optim", "tasks", "train", "__init__"},
     "report": {"grids", "optim", "tasks", "train", "__init__"},
