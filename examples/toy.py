@@ -22,6 +22,7 @@ from blaq.zigzag import Measures, ZigZag
 C, START, STEPS_1D, A_1D = 1.0, 1.0, 12, 0.6
 GRID, LR, BETAS, A_2D, STEPS_2D = "ternary", 0.2, (0.0, 0.99), 0.7, 60
 START_2D, MINIMUM = (1.5, 0.2), (0.6, -0.5)
+SUFFIXES = (".html", ".png", ".svg", ".pdf")
 ANGLE, STEEPNESS = 0.3, 20.0  # of the valley's axis, radians; curvature across it, 1 along it
 COLOURS = {"LAQ": "#D55E00", "BLAQ": "#0072B2"}  # Okabe and Ito: told apart by everyone
 
@@ -143,6 +144,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, help="toy.html, toy.svg or toy.png")
     out = arguments.parse_args().out
+    if out is not None and out.suffix not in SUFFIXES:
+        arguments.error(f"--out {out}: expected a name that ends in {', '.join(SUFFIXES)}.")
     lines = {"LAQ": newton_path(1.0), "BLAQ": newton_path(A_1D)}
     walks = {"LAQ": walk(1.0), "BLAQ": walk(A_2D)}
     print(
