@@ -173,8 +173,10 @@ def test_equal_parameters_step_together_as_they_would_alone(
 ) -> None:
     together = trained(4, granularity=granularity, trial=trial)
     found = batches.batches(together._with_gradients(), fast=False)
-    assert max(len(batch.parameters) for batch in found if batch.how is not None) == 3  # the three equal layers
-    assert [len(batch.parameters) for batch in found if batch.how is None] == [6]  # all that has no grid
+    assert (
+        max(len(batch.parameters) for batch in found if batch.group["grid"] is not None) == 3
+    )  # the three equal layers
+    assert [len(batch.parameters) for batch in found if batch.group["grid"] is None] == [6]  # all that has no grid
     monkeypatch.setattr(batches, "TOGETHER_UP_TO", 0)
     alone = trained(4, granularity=granularity, trial=trial)
     assert all(len(batch.parameters) == 1 for batch in batches.batches(alone._with_gradients(), fast=False))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from blaq.optim import checkpoint, compiled, held, update
-from blaq.optim.batches import Batch
+from blaq.optim.batches import Batch, Kept
 from blaq.optim.observer import StepObserver
 from blaq.optim.options import (
     COUNTERS,
@@ -61,6 +61,7 @@ class LatentOptimizer(Optimizer):
 
     def _reset_transient(self) -> None:
         """What can be found again after loading: never in a checkpoint."""
+        self._kept = Kept()
         self._versions: dict[Tensor, int] = {}  # of the parameters as we wrote them: tells a write from outside
         self._solved: dict[Tensor, tuple[Tensor, int]] = {}  # latent weights that have their scale, and their version
 
@@ -281,7 +282,7 @@ class LatentOptimizer(Optimizer):
     def _has_written(self, batch: Batch) -> None:
         for p, state in zip(batch.parameters, batch.states, strict=True):
             self._versions[p] = p._version
-            if batch.how is not None:
+            if batch.group["grid"] is not None:
                 self._solved[p] = state["latent"], state["latent"]._version
 
     def _proof(self, p: Tensor, state: held.State) -> Tensor | None:

@@ -13,8 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from blaq.optim import steps
 from blaq.optim.base import LatentOptimizer
-from blaq.optim.batches import batches
 from blaq.optim.finite import Entry, all_usable, refuse_sparse
+from blaq.optim.options import REMEMBERING
 from blaq.optim.trial import Snapshot
 
 Closure = Callable[[], Any]
@@ -204,9 +204,11 @@ class BLAQ(LatentOptimizer):
         """A step of LAQ, of "past", or of "delayed"."""
         self._check_untouched()
         self._tell_observers(None)
-        for batch in batches(self._with_gradients(), self.compiles):
-            steps.one_gradient(batch, self.trial)
+        trial = self.trial
+        for batch in self._kept.of(self._with_gradients(), self.compiles):
+            steps.one_gradient(batch, trial)
             self._has_written(batch)
+        self._kept.count(remember=trial in REMEMBERING)
         self._count(1)
 
     # --- its two halves -----------------------------------------------------------------------------------------------
@@ -297,13 +299,14 @@ class BLAQ(LatentOptimizer):
     def _forward(self) -> None:
         self._check_untouched()
         pending = self._pending = _Pending({}, {}, {}, Snapshot.take(self.module, self._devices()))
-        for batch in batches(self._with_gradients(), self.compiles):
+        for batch in self._kept.of(self._with_gradients(), self.compiles):
             pending.gradients.update(zip(batch.parameters, map(_kept, batch.gradients), strict=True))
-            if batch.how is None:
+            if batch.group["grid"] is None:
                 pending.floats.update((p, p.clone()) for p in batch.parameters)
             scales = steps.to_trial_point(batch)
             pending.scales.update(zip(batch.parameters, scales, strict=False))  # none without a grid
             self._has_written(batch)
+        self._kept.release()
         for p in pending.gradients:
             p.grad = None  # it is kept; what comes next is the gradient at the trial point
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
@@ -320,10 +323,11 @@ class BLAQ(LatentOptimizer):
         self._tell_observers(pending.gradients)
         self._pending = self._before = None
         pending.after_first.restore()
-        for batch in batches(self._with_gradients(), self.compiles):
+        for batch in self._kept.of(self._with_gradients(), self.compiles):
             first = [pending.gradients[p] for p in batch.parameters]
             steps.advance(batch, first, batch.gradients)
             self._has_written(batch)
+        self._kept.count(remember=False)
         self._count(2)
 
     # --- what the parameters hold -------------------------------------------------------------------------------------

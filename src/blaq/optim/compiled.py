@@ -28,8 +28,18 @@ def usable() -> bool:
     return not _Compiler.broken and not torch.compiler.is_compiling()
 
 
+def surroundings() -> tuple[Any, ...]:
+    """What compiled code depends on besides its tensors."""
+    inference = torch.is_inference_mode_enabled()
+    return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), inference
+
+
 def call(
-    function: Callable[..., Any], tensors: Sequence[Tensor], plain: Callable[[], Any], options: Options = ()
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    plain: Callable[[], Any],
+    options: Options = (),
+    known: "Codes | None" = None,
 ) -> Any:
     """``function(*tensors)``, compiled; where there is no compiler, `plain` in its place, from now on, and a line in the log.
 
@@ -38,10 +48,16 @@ def call(
         tensors: changed in place or read; their memory is what counts, whatever they are views of.
         plain: does the same, uncompiled.
         options: for the compiler.
+        known: of a caller whose tensors have the same layouts at every call, in the same surroundings.
     """
+    code = known.get(function) if known is not None else None
+    if code is not None:
+        return code.run(tensors)
     setting = _setting(tensors)
     code = _Compiler.codes.get((function, setting))
     if code is not None:
+        if known is not None:
+            known[function] = code
         return code.run(tensors)
     try:
         compiled = _Compiler.of(function, options)
@@ -98,6 +114,10 @@ class _Code(NamedTuple):
         return outputs[0] if outputs else None
 
 
+class Codes(dict[Callable[..., Any], _Code]):
+    """Code by function."""
+
+
 class _Compiler:
     """What is compiled so far."""
 
@@ -128,13 +148,7 @@ class _Compiler:
 
 def _setting(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """All that the code for some tensors may depend on."""
-    return (
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_inference_mode_enabled(),
-        tensors[0].device,
-        *[(t.dtype, t.shape, t.stride()) for t in tensors],
-    )
+    return *surroundings(), tensors[0].device, *[(t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def _alias(tensor: Tensor) -> Tensor:

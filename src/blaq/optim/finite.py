@@ -1,5 +1,6 @@
 """What may enter a step: gradients and latent weights that are finite, and whose squares are."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,11 +68,10 @@ def _all_small(tensors: list[Tensor]) -> bool:
 
 def _all_small_alike(tensors: list[Tensor], dtype: torch.dtype) -> bool:
     wide = torch.promote_types(dtype, torch.float32)
-    large = [t for t in tensors if t.dtype == wide and t.numel() > _LARGE and t.is_contiguous()]
-    small = [t for t in tensors if t.dtype != wide or t.numel() <= _LARGE or not t.is_contiguous()]
-    found = []
-    if large:
-        found.append(torch.stack([torch.dot(t.view(-1), t.view(-1)) for t in large]))  # on several threads
-    if small:
-        found.append(torch.stack(torch._foreach_norm(small, 2, wide)).square_())
-    return bool((found[0] if len(found) == 1 else torch.cat(found)).isfinite().all())
+    large = [t for t in tensors if t.numel() > _LARGE and dtype == wide and t.is_contiguous()]
+    small = [t for t in tensors if t.numel() <= _LARGE or dtype != wide or not t.is_contiguous()]
+    squares = [torch.dot(t.view(-1), t.view(-1)) for t in large]  # on several threads
+    lengths = torch._foreach_norm(small, 2, wide if dtype != wide else None) if small else ()
+    found = torch.stack([*squares, *(torch._foreach_mul(lengths, lengths) if small else ())])
+    # Their sum tells in one number; should it overflow by itself, the caller looks at one tensor after the other.
+    return math.isfinite(float(found.sum()))

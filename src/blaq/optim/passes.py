@@ -24,6 +24,7 @@ _LONGEST, _SHORTEST = (
     4096,
     64,
 )  # pieces of a row in a compiled one: as long as sums need no care, and long enough for a loop
+_FEW = 2**12  # pieces up to which what is told once a piece is kept
 # One addition after the other: faster than atomic ones on few threads, and the same in every run.
 _IN_ORDER = (("cpp.threads", 1),)
 
@@ -156,28 +157,29 @@ def run(
     rates: tuple[Rates, ...],
     aside: float,
     how: How,
-    fast: bool,
+    codes: compiled.Codes | None,
 ) -> Tensor:
-    """A pass over matrices in rows, compiled where `fast` and where it can be: from their last scales (R, S) to the next, where
+    """A pass over matrices in rows, with `codes` compiled, where it can be: from their last scales (R, S) to the next, where
     it follows; else the metric d.
     """
     rows, columns = tensors[0].shape
     if how.follows and not columns:
         return scale
     at = looks(scale.to(tensors[0].dtype), how.grid, aside)
-    if not fast or not compiled.usable() or not columns:
+    if codes is None or not compiled.usable() or not columns:
         return _in_blocks(function, tensors, at, rates, how)
     piece = _piece(columns)
     count = columns // piece if piece else 1
     pieces = tuple(t.view(rows * count, -1) for t in tensors)
     at_pieces = at.repeat_interleave(count, 0) if count > 1 and at.numel() else at
-    given = [number for r in rates for number in r if number is not None]
-    numbers = torch.tensor(given, dtype=at.dtype, device=at.device)
-    ones = numbers.new_ones(rows * count, 1)
+    given = tuple(number for r in rates for number in r if number is not None)
+    numbers = _numbers(given, at.dtype, at.device)
+    ones = (_column_of_ones if rows * count <= _FEW else _column_of_ones.__wrapped__)(rows * count, at.dtype, at.device)
     found: Tensor = compiled.call(
         _with_numbers(function, how, len(rates), tuple(number is None for number in rates[0]), piece is None),
         (*pieces, at_pieces, scale, ones, numbers),
         lambda: _in_blocks(function, tensors, at, rates, how),
+        known=codes,
     )
     return found if how.follows else found.view(rows, columns)
 
@@ -187,6 +189,9 @@ def _in_blocks(
 ) -> Tensor:
     """A pass as it is, some entries at a time: what it makes for a moment stays small, and in cache."""
     like = tensors[0]
+    if like.numel() <= _BLOCK:
+        found = function(*tensors, at, *rates, how)
+        return found if isinstance(found, Tensor) else _scale(tuple(t.unsqueeze(1) for t in found), how)
     result = like.new_empty(len(at), how.grid.scales, dtype=torch.float32) if how.follows else torch.empty_like(like)
     for rows, columns in blocks(like.shape, _BLOCK):
         pieces: tuple[Tensor, ...] = ()
@@ -205,9 +210,23 @@ def _in_blocks(
 
 def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], rates: tuple[Rates, ...]) -> None:
     """An update of parameters without a grid, in place, some entries at a time."""
+    if tensors[0].numel() <= _BLOCK:
+        function(*tensors, *rates)
+        return
     for rows, columns in blocks(tensors[0].shape, _BLOCK):
         for some in columns:
             function(*(t[rows, some] for t in tensors), *rates)
+
+
+@functools.lru_cache(maxsize=4)
+def _numbers(given: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers of a step, which many passes of it share."""
+    return torch.tensor(given, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _column_of_ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(count, 1, dtype=dtype, device=device)
 
 
 @functools.cache
@@ -221,12 +240,12 @@ def _piece(columns: int) -> int | None:
     return longest if longest >= min(columns, _SHORTEST) else None
 
 
-def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, fast: bool) -> None:
-    """`write`, compiled where `fast` and where it can be; w may be p itself."""
-    if fast and compiled.usable():
+def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, codes: compiled.Codes | None) -> None:
+    """`write`, with `codes` compiled, where it can be; w may be p itself."""
+    if codes is not None and compiled.usable():
         how = How(how.grid, False, "adam")  # the rest makes no difference here
         function, tensors = (write_over, (p, scale)) if p.data_ptr() == w.data_ptr() else (write, (p, w, scale))
-        compiled.call(_with_how(function, how), tensors, lambda: write_values(p, w, scale, how.grid))
+        compiled.call(_with_how(function, how), tensors, lambda: write_values(p, w, scale, how.grid), known=codes)
         increment_version(p)  # the alias that was written to has a count of its own
     else:
         write_values(p, w, scale, how.grid)

@@ -1,12 +1,14 @@
-"""A step of a batch of parameters, from its state to its state."""
+"""A step of a batch of parameters, from its state to its state; the step is counted afterwards, see `blaq.optim.batches`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blaq.optim import passes, update
 from blaq.optim.batches import Batch
+from blaq.optim.passes import How
 from blaq.optim.update import Rates
 from blaq.solvers import look_aside
 
@@ -20,100 +22,73 @@ def one_gradient(batch: Batch, trial: str) -> None:
         # The last gradient stands in for that of a trial; the first step has none.
         advance(batch, *([batch.gradients, last] if batch.remembers else [batch.gradients]))
         torch._foreach_copy_(last, list(batch.gradients))
-        _remember_step(batch)
     else:
         advance(batch, batch.gradients)
 
 
 def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
     """The step with one gradient, or back from the trial point and on with the blend of both."""
-    w, m, v, g = _taken(batch, gradients[0])
-    tensors = (w, m, v, g, *map(batch.take, gradients[1:]))
-    _count(batch)
-    rates = (Rates.of(batch.group, batch.t),)
-    if batch.how is None:
+    w, m, v = batch.take("latent", "exp_avg", "exp_avg_sq")
+    tensors = (w, m, v, *map(batch.take_gradients, gradients))
+    rates, how = (Rates.of(batch.group, batch.t),), batch.how(batch.t)
+    if how is None:
         passes.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates)
     else:
-        function = passes.backtrack if len(gradients) > 1 else passes.laq
-        found = passes.run(function, tensors, batch.scales(), rates, look_aside(batch.t), batch.how, batch.fast)
-        scale = passes.solve(w, found, batch.how, batch.fast)
-        _put_scales(batch, scale)
-        _write_values(batch, w, scale)
-    _put(batch, w, m, v)
+        scale = _solved(batch, passes.backtrack if len(gradients) > 1 else passes.laq, w, tensors, rates, batch.t, how)
+        batch.put_scales(scale)
+        _write_values(batch, w, scale, how)
+    batch.put(latent=w, exp_avg=m, exp_avg_sq=v)
 
 
 def to_trial_point(batch: Batch) -> list[Tensor]:
     """Let the parameters hold the trial point; nothing of the state changes. Returns its scales, one a parameter."""
-    w, m, v, g = _taken(batch, batch.gradients)
-    w_trial = _room(batch, w)
-    rates = (Rates.of(batch.group, batch.t),)
-    if batch.how is None:
-        passes.run_float(passes.forward_float, (w_trial, w, m, v, g), rates)
-        batch.put(w_trial, batch.parameters)
+    w, m, v = batch.take("latent", "exp_avg", "exp_avg_sq")
+    w_trial = batch.room(w.dtype)
+    tensors = (w_trial, w, m, v, batch.take_gradients(batch.gradients))
+    rates, how = (Rates.of(batch.group, batch.t),), batch.how(batch.t)
+    if how is None:
+        passes.run_float(passes.forward_float, tensors, rates)
+        batch.put(parameter=w_trial)
         return []
-    tensors = (w_trial, w, m, v, g)
-    found = passes.run(passes.forward, tensors, batch.scales(), rates, look_aside(batch.t), batch.how, batch.fast)
-    scale = passes.solve(w_trial, found, batch.how, batch.fast)
-    _write_values(batch, w_trial, scale)
+    scale = _solved(batch, passes.forward, w_trial, tensors, rates, batch.t, how)
+    _write_values(batch, w_trial, scale, how)
     return list(torch.split(scale, batch.rows))
 
 
 def _past(batch: Batch) -> None:
     """A step of "past", and on to where a step along the newest gradient would lead."""
-    ahead = batch.next()
-    w, m, v, g = _taken(batch, batch.state("trial_grad"))
-    w_trial = _room(batch, w)
-    tensors = (w_trial, w, m, v, g, batch.take(batch.gradients))
-    rates = (Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead.t))
-    _count(batch)
-    if ahead.how is None:
+    w, m, v, g = batch.take("latent", "exp_avg", "exp_avg_sq", "trial_grad")
+    w_trial = batch.room(w.dtype)
+    tensors = (w_trial, w, m, v, g, batch.take_gradients(batch.gradients))
+    ahead = batch.t + 1
+    rates, how = (Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead)), batch.how(ahead)
+    if how is None:
         passes.run_float(passes.past_float if batch.remembers else passes.first_past_float, tensors, rates)
-        batch.put(w_trial, batch.parameters)
+        batch.put(parameter=w_trial)
     else:
         function = passes.past if batch.remembers else passes.first_past
-        found = passes.run(function, tensors, batch.scales(), rates, look_aside(ahead.t), ahead.how, ahead.fast)
-        scale = passes.solve(w_trial, found, ahead.how, ahead.fast)
-        _put_scales(batch, scale)
-        _write_values(ahead, w_trial, scale)
-    _put(batch, w, m, v)
-    batch.put(g, batch.state("trial_grad"))
-    _remember_step(batch)
+        scale = _solved(batch, function, w_trial, tensors, rates, ahead, how)
+        batch.put_scales(scale)
+        _write_values(batch, w_trial, scale, how)
+    batch.put(latent=w, exp_avg=m, exp_avg_sq=v, trial_grad=g)
 
 
-def _remember_step(batch: Batch) -> None:
-    for state in batch.states:
-        state["trial_step"].fill_(batch.t)
+def _solved(
+    batch: Batch,
+    function: Callable[..., Any],
+    w: Tensor,
+    tensors: tuple[Tensor, ...],
+    rates: tuple[Rates, ...],
+    t: int,
+    how: How,
+) -> Tensor:
+    """Make a pass, and find the scale of w, which it has written."""
+    codes = batch.codes
+    found = passes.run(function, tensors, batch.scales(), rates, look_aside(t), how, codes)
+    return passes.solve(w, found, how, fast=codes is not None)
 
 
-def _taken(batch: Batch, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m = batch.take(batch.state("exp_avg"))
-    return batch.take(batch.latents), m, batch.take(batch.state("exp_avg_sq")), batch.take(gradients)
-
-
-def _put(batch: Batch, w: Tensor, m: Tensor, v: Tensor) -> None:
-    batch.put(w, batch.latents)
-    batch.put(m, batch.state("exp_avg"))
-    batch.put(v, batch.state("exp_avg_sq"))
-
-
-def _count(batch: Batch) -> None:
-    torch._foreach_add_(batch.state("step"), 1)
-
-
-def _put_scales(batch: Batch, scale: Tensor) -> None:
-    torch._foreach_copy_(batch.state("scale"), list(torch.split(scale, batch.rows)))
-
-
-def _write_values(batch: Batch, w: Tensor, scale: Tensor) -> None:
-    assert batch.how is not None
-    p = _room(batch, w, batch.parameters[0].dtype)
-    passes.run_write(p, w, scale, batch.how, batch.fast)
-    batch.put(p, batch.parameters)
-
-
-def _room(batch: Batch, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Where to write what the parameters shall hold: the memory of a single one itself, if it can be read as such a matrix."""
-    single = batch.parameters[0]
-    if len(batch.parameters) == 1 and single.dtype == (dtype or like.dtype):
-        return batch.take([single])
-    return torch.empty_like(like, dtype=dtype)
+def _write_values(batch: Batch, w: Tensor, scale: Tensor, how: How) -> None:
+    p = batch.room(batch.parameters[0].dtype)
+    passes.run_write(p, w, scale, how, batch.codes)
+    batch.put(parameter=p)

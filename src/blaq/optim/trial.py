@@ -52,7 +52,9 @@ class BufferState:
     def __init__(self, module: nn.Module | None) -> None:
         owners = _all_modules(module) if module is not None else ()
         self._buffers = [(owner._buffers, dict(owner._buffers)) for owner in owners]
-        found = {id(b): b for _, then in self._buffers for b in then.values() if b is not None and _is_writable(b)}
+        found = {
+            id(b): b for _, then in self._buffers if then for b in then.values() if b is not None and _is_writable(b)
+        }
         self._values = [(buffer, buffer.detach().clone()) for buffer in found.values()]
 
     def restore(self) -> None:
@@ -79,7 +81,9 @@ def _all_modules(module: nn.Module) -> Iterable[nn.Module]:
 
 def _is_writable(buffer: Tensor) -> bool:
     """False where torch itself refuses to write, so that no forward pass can have written."""
-    shared = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+    shared = not buffer.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
     return not shared and not buffer.is_inference()
 
 
