@@ -1,0 +1,162 @@
+"""Batches kept from step to step: whatever happens between two steps, the next is that of batches made anew."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import blaq
+from blaq.optim import batches, compiled
+from blaq.optim.batches import Kept
+
+Check = Callable[..., None]
+
+
+def parameters(opt: blaq.BLAQ) -> list[Tensor]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def nothing(task: Any, step: int) -> None:
+    """Steps follow each other."""
+
+
+def states_are_replaced(task: Any, step: int) -> None:
+    for p in parameters(task.opt):
+        task.opt.state[p] = {key: value.clone() for key, value in task.opt.state[p].items()}
+
+
+def memory_of_states_is_replaced(task: Any, step: int) -> None:
+    for p in parameters(task.opt):
+        for value in task.opt.state[p].values():
+            value.data = value.data.clone()
+
+
+def memory_of_parameters_is_replaced(task: Any, step: int) -> None:
+    for p in parameters(task.opt):
+        p.data = p.data.clone()
+
+
+def moments_are_written(task: Any, step: int) -> None:
+    for p in parameters(task.opt):
+        task.opt.state[p]["exp_avg"].mul_(0.5)
+
+
+def a_step_is_counted_anew(task: Any, step: int) -> None:
+    task.opt.state[parameters(task.opt)[0]]["step"].fill_(0 if step == 3 else 7)
+
+
+def a_layer_is_frozen_in_turn(task: Any, step: int) -> None:
+    task.model[0].requires_grad_(step % 2 == 0)
+
+
+def gradients_lie_otherwise(task: Any, step: int) -> None:
+    task.model[4].weight.register_hook(lambda grad: grad.t().contiguous().t() if step % 2 else grad)
+
+
+def options_are_edited(task: Any, step: int) -> None:
+    for group in task.opt.param_groups:
+        group["lr"] = 0.01 * step
+        group["weight_decay"] = 0.1 * (step % 2)
+        group["curvature"] = "unit" if step == 3 else "adam"
+        if group["grid"] is not None:
+            group["solver"] = "exact" if step == 4 else "alternating"
+
+
+def state_is_loaded(task: Any, step: int) -> None:
+    task.opt.load_state_dict(task.opt.state_dict())
+
+
+def weights_are_evaluated(task: Any, step: int) -> None:
+    task.opt.eval()
+    task.opt.train()
+
+
+def the_mode_is_another(task: Any, step: int) -> None:
+    task.opt.trial = ("fresh", "none", "past", "delayed")[step % 4]
+
+
+def threads_are_others(task: Any, step: int) -> None:
+    torch.set_num_threads(1 + step % 2)
+
+
+def weights_are_adopted(task: Any, step: int) -> None:
+    if task.opt.trial != "past":
+        with torch.no_grad():
+            task.model[0].weight.mul_(1.5)
+        task.opt.adopt_weights()
+
+
+def a_group_is_added(task: Any, step: int) -> None:
+    if step == 3:
+        extra = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        task.opt.add_param_group(
+            {"params": [extra], "param_names": ["extra"], "grid": "ternary", "granularity": "tensor"}
+        )
+        inner = task.loss
+        task.loss = lambda step: inner(step) + (extra - 0.3).square().sum()
+
+
+BETWEEN = [
+    nothing,
+    states_are_replaced,
+    memory_of_states_is_replaced,
+    memory_of_parameters_is_replaced,
+    moments_are_written,
+    a_step_is_counted_anew,
+    a_layer_is_frozen_in_turn,
+    gradients_lie_otherwise,
+    options_are_edited,
+    state_is_loaded,
+    weights_are_evaluated,
+    the_mode_is_another,
+    threads_are_others,
+    weights_are_adopted,
+    a_group_is_added,
+]
+
+
+@pytest.mark.parametrize(
+    ("trial", "compile"),
+    [("none", False), ("fresh", False), ("past", False), ("delayed", False), ("none", True), ("fresh", True)],
+)
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda between: between.__name__)
+def test_kept_batches_step_as_new_ones(
+    between: Callable[[Any, int], None], trial: str, compile: bool, new_task: Any, assert_identical: Check
+) -> None:
+    threads, ends = torch.get_num_threads(), []
+    try:
+        for anew in (False, True):
+            torch.set_num_threads(threads)
+            task = new_task("ternary", "channel", "alternating", trial=trial, compile=compile)
+            for step in range(6):
+                between(task, step)
+                if anew:
+                    task.opt._kept = Kept()
+                task.train([step])
+            ends.append(task.everything())
+    finally:
+        torch.set_num_threads(threads)
+    assert not compiled._Compiler.broken
+    assert_identical(*ends)
+
+
+def test_batches_are_kept(new_task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above compare new batches with new ones."""
+    sorted_anew = []
+    sort = batches.batches
+    monkeypatch.setattr(batches, "batches", lambda *args: sorted_anew.append(1) or sort(*args))
+    for trial in ("none", "fresh", "past", "delayed"):
+        sorted_anew.clear()
+        new_task("ternary", "channel", "alternating", trial=trial).train(range(5))
+        assert len(sorted_anew) == 1
+
+
+@pytest.mark.parametrize("trial", ["none", "fresh", "past", "delayed"])
+def test_no_gradient_outlives_its_step(trial: str, new_task: Any) -> None:
+    task = new_task("ternary", "channel", "alternating", trial=trial).train(range(2))
+    gradients = [weakref.ref(p.grad) for p in parameters(task.opt)]
+    task.opt.zero_grad()
+    assert all(gradient() is None for gradient in gradients)
