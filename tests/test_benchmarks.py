@@ -17,9 +17,11 @@ import recording
 import solvers
 import step
 import step_figure
+import torch
+import whole_epoch
 
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
-from blaq.train.run import evaluate, train
+from blaq.train.run import evaluate, load_data, train
 
 RECIPE = Recipe(
     name="tiny",
@@ -85,6 +87,42 @@ def test_blaq_takes_two_gradients_in_every_timed_step_and_its_probe_is_read() ->
     assert training.zigzag.read()["total"].flip_rate is None  # the block has read it
     peer = epoch.AdamW(recipe, "cpu")
     assert peer.opt.defaults["fused"] and peer.inputs.shape == (4, 1, 28, 28)
+
+
+def test_the_table_of_whole_epochs_keeps_other_recipes(tmp_path: Path) -> None:
+    short = ["--set", "data.train=120", "--set", "data.validation=40", "--every", "2", "--pairs", "2"]
+    whole_epoch.main(["demo", *short, "--bits", "1", "2", "--out", str(tmp_path)])
+    path = tmp_path / "whole-epoch.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({"recipes": {"another": report["recipes"]["demo"]}}))
+    whole_epoch.main(["demo", *short, "--bits", "1", "--methods", "laq", "--out", str(tmp_path)])
+    recipes = json.loads(path.read_text())["recipes"]
+    assert list(recipes) == ["another", "demo"]
+    rows = recipes["another"]["rows"]
+    assert [(row["method"], row["bits"]) for row in rows] == [(m, b) for m in ("laq", "past", "blaq") for b in "12"]
+    assert [row["target"] for row in rows] == [1.05] * 4 + [2.05] * 2
+    assert all(0 < row["range"][0] <= row["ratio"] <= row["range"][1] for row in rows)
+    assert "2 pairs of epochs of 120 examples, 40 to validate" in (tmp_path / "whole-epoch.md").read_text()
+
+
+def test_whole_epochs_are_those_of_training() -> None:
+    """Of blaq with a trial in every step, and of torch's AdamW as in a loop without Lightning; they go on where they were."""
+    recipe = epoch.load_recipe("demo", ["data.train=120", "data.validation=40", "optim.method=blaq"])
+    dataset = load_data(recipe.data)
+    peer, ours = whole_epoch.AdamW(recipe, dataset), whole_epoch.Probed(recipe, dataset, 2)
+    bare = whole_epoch.AdamW(recipe, dataset)
+    for _ in range(2):
+        assert whole_epoch.epoch_of(peer) > 0 and whole_epoch.epoch_of(ours) > 0
+        bare.training_batches.set_epoch(0)
+        for inputs, targets in bare.training_batches:
+            bare.plain.zero_grad()
+            bare.loss(bare.model(inputs), targets).backward()
+            bare.plain.step()
+    assert all(torch.equal(p, q) for p, q in zip(peer.parameters(), bare.parameters(), strict=True))
+    steps = 2 * len(ours.training_batches)
+    assert (ours.optimizer.param_groups[0]["steps"], ours.optimizer.gradient_evaluations) == (steps, 2 * steps)
+    assert ours.zigzag.read()["total"].flip_rate is None  # the epoch has read it
+    assert peer.evaluation_tally.examples == ours.evaluation_tally.examples == 40
 
 
 def test_a_miss_is_what_lies_above_its_target() -> None:
