@@ -24,7 +24,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/memory.py --out docs/results
 	$(BIN)/python benchmarks/data.py --out docs/results
 	$(BIN)/python benchmarks/epoch.py mnist-lenet5 --out docs/results
-	$(BIN)/python benchmarks/whole_epoch.py mnist-lenet5 --bits 1 --out docs/results
+	$(BIN)/python benchmarks/whole_epoch.py mnist-lenet5 --set data.train=25000 --set data.validation=5000 --bits 1 --out docs/results
 	$(BIN)/python benchmarks/probes.py --out docs/results
 	$(BIN)/python benchmarks/packing.py --out docs/results
 

@@ -174,7 +174,8 @@ def run(
     at_pieces = at.repeat_interleave(count, 0) if count > 1 and at.numel() else at
     given = tuple(number for r in rates for number in r if number is not None)
     numbers = _numbers(given, at.dtype, at.device)
-    ones = (_column_of_ones if rows * count <= _FEW else _column_of_ones.__wrapped__)(rows * count, at.dtype, at.device)
+    every = rows * count
+    ones = _ones(every, at.dtype, at.device) if every <= _FEW else numbers.new_ones(every, 1)
     found: Tensor = compiled.call(
         _with_numbers(function, how, len(rates), tuple(number is None for number in rates[0]), piece is None),
         (*pieces, at_pieces, scale, ones, numbers),
@@ -225,7 +226,7 @@ def _numbers(given: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _column_of_ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(count, 1, dtype=dtype, device=device)
 
 
@@ -244,6 +245,7 @@ def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, codes: compiled.Cod
     """`write`, with `codes` compiled, where it can be; w may be p itself."""
     if codes is not None and compiled.usable():
         how = How(how.grid, False, "adam")  # the rest makes no difference here
+        scale = scale.contiguous()  # whichever solver has made it
         function, tensors = (write_over, (p, scale)) if p.data_ptr() == w.data_ptr() else (write, (p, w, scale))
         compiled.call(_with_how(function, how), tensors, lambda: write_values(p, w, scale, how.grid), known=codes)
         increment_version(p)  # the alias that was written to has a count of its own
