@@ -201,10 +201,32 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [row["method"], row["bits"], row["solver"], *times, ratio, target, "missed" * missed(row)]
 
 
+def recorded(path: Path) -> dict[str, Any]:
+    """The recipes that a file has already."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.exists() else {}
+    return found
+
+
+def section(name: str, entry: dict[str, Any], what: str) -> list[str]:
+    """The lines of a recipe: its command, what was timed, and the table."""
+    machine, threads = entry["machine"], f"{entry['threads']} thread{'s' * (entry['threads'] > 1)}"
+    columns = ["method", ">bits", "solver", ">ms a step", ">AdamW, ms", ">over AdamW", ">target", ""]
+    return [
+        "",
+        f"## {name}: {entry['model']}, batch {entry['batch']}",
+        "",
+        f"```\n{entry['command']}\n```",
+        "",
+        f"{what}, a probe at every {entry['every']} steps; {machine['device']}, {machine['cpu']}, {machine['capability']}, "
+        f"{threads}; {listed(entry['versions'])}.",
+        "",
+        *table(columns, map(cells, entry["rows"])),
+    ]
+
+
 def record(entries: dict[str, Any], folder: Path) -> None:
     """Take the entries into epoch.json, and write epoch.md to read."""
-    path = folder / "epoch.json"
-    recipes = (json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.exists() else {}) | entries
+    recipes = recorded(folder / "epoch.json") | entries
     lines = [
         "# The time of a training step",
         "",
@@ -213,20 +235,8 @@ def record(entries: dict[str, Any], folder: Path) -> None:
         "the gradient error, which costs two gradients a probe more). `float` is blaq's own Adam without a grid. BLAQ takes a",
         "trial in every step.",
     ]
-    columns = ["method", ">bits", "solver", ">ms a step", ">AdamW, ms", ">over AdamW", ">target", ""]
     for name, entry in recipes.items():
-        machine, threads = entry["machine"], f"{entry['threads']} thread{'s' * (entry['threads'] > 1)}"
-        lines += [
-            "",
-            f"## {name}: {entry['model']}, batch {entry['batch']}",
-            "",
-            f"```\n{entry['command']}\n```",
-            "",
-            f"{entry['blocks']} blocks of {entry['steps']} steps, a probe at every {entry['every']} steps; "
-            f"{machine['device']}, {machine['cpu']}, {machine['capability']}, {threads}; {listed(entry['versions'])}.",
-            "",
-            *table(columns, map(cells, entry["rows"])),
-        ]
+        lines += section(name, entry, f"{entry['blocks']} blocks of {entry['steps']} steps")
     write(folder, "epoch", {"recipes": recipes}, lines)
 
 

@@ -12,7 +12,6 @@ writes whole-epoch.md anew.
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -23,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from epoch import TARGETS, cells, missed
+from epoch import TARGETS, missed, recorded, section
 from lightning.pytorch import Callback
-from recording import listed, processor, spread, table, versions, write
+from recording import processor, spread, versions, write
 from torch import Tensor
 
 from blaq.tasks.data import Dataset
@@ -101,6 +100,8 @@ class Clock(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning validates before it calls this."""
         pl_module.end()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.began
 
 
@@ -180,15 +181,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": recipe.model.name, "batch": recipe.data.batch_size,
         "train": len(dataset.train), "validation": len(dataset.validation),
         **{key: getattr(options, key) for key in ("pairs", "every", "threads")},
-        "versions": versions("python", "torch", "blaq", "lightning"), "machine": processor(), "rows": found,
+        "versions": versions("python", "torch", "blaq", "lightning"),
+        "machine": {**processor(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"},
+        "rows": found,
     }  # fmt: skip
     record({recipe.name: entry}, options.out)
 
 
 def record(entries: dict[str, Any], folder: Path) -> None:
     """Take the entries into whole-epoch.json, and write whole-epoch.md to read."""
-    path = folder / "whole-epoch.json"
-    recipes = (json.loads(path.read_text(encoding="utf-8"))["recipes"] if path.exists() else {}) | entries
+    recipes = recorded(folder / "whole-epoch.json") | entries
     lines = [
         "# The time of a training epoch",
         "",
@@ -197,20 +199,9 @@ def record(entries: dict[str, Any], folder: Path) -> None:
         "and the range. With quantizer, and with the zig-zag probe at every few steps (without the gradient error, which costs",
         "two gradients a probe more). BLAQ takes a trial in every step. Times are an epoch's, divided by its training steps.",
     ]
-    columns = ["method", ">bits", "solver", ">ms a step", ">AdamW, ms", ">over AdamW", ">target", ""]
     for name, entry in recipes.items():
-        machine, threads = entry["machine"], f"{entry['threads']} thread{'s' * (entry['threads'] > 1)}"
-        lines += [
-            "",
-            f"## {name}: {entry['model']}, batch {entry['batch']}",
-            "",
-            f"```\n{entry['command']}\n```",
-            "",
-            f"{entry['pairs']} pairs of epochs of {entry['train']:,} examples, {entry['validation']:,} to validate; a probe at "
-            f"every {entry['every']} steps; {machine['cpu']}, {machine['capability']}, {threads}; {listed(entry['versions'])}.",
-            "",
-            *table(columns, map(cells, entry["rows"])),
-        ]
+        what = f"{entry['pairs']} pairs of epochs of {entry['train']:,} examples, {entry['validation']:,} to validate"
+        lines += section(name, entry, what)
     write(folder, "whole-epoch", {"recipes": recipes}, lines)
 
 
