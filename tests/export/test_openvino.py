@@ -232,7 +232,10 @@ def test_fast_rounds_activations_and_exact_does_not(bits: str, tmp_path: Path) -
         for weight in quantized_weights(model, opt):
             assert np.array_equal(session.weights()[weight.name], weight.values.numpy())
     assert relative["exact"] < 2e-6
-    assert 1e-4 < relative["fast"] < 2e-2
+    if torch.cpu._is_vnni_supported():
+        assert 1e-4 < relative["fast"] < 2e-2
+    else:  # the runtime multiplies 8 bits only where the processor does
+        assert relative["fast"] < 2e-6
 
 
 def test_the_file_brings_its_group_size_along(tmp_path: Path) -> None:
