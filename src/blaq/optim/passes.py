@@ -79,24 +79,6 @@ def past(
     return forward(to, w, m, v, g, looks, ahead, how)
 
 
-def first_past(
-    to: Tensor,
-    w: Tensor,
-    m: Tensor,
-    v: Tensor,
-    g: Tensor,
-    g_trial: Tensor,
-    looks: Tensor,
-    r: Rates,
-    ahead: Rates,
-    how: How,
-) -> Found:
-    """The first step of "past", where there is no last trial point: LAQ's."""
-    update.laq(w, m, v, g_trial, r)
-    g.copy_(g_trial)
-    return forward(to, w, m, v, g, looks, ahead, how)
-
-
 def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
     """Write the trial point of a parameter without a grid into a tensor, which may be w."""
     to.copy_(update.forward(w, m, v, g, r)[0])
@@ -105,15 +87,6 @@ def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rat
 def past_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates, ahead: Rates) -> None:
     """`past` of a parameter without a grid."""
     update.backtrack(w, m, v, g, g_trial, r)
-    g.copy_(g_trial)
-    forward_float(to, w, m, v, g, ahead)
-
-
-def first_past_float(
-    to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates, ahead: Rates
-) -> None:
-    """`first_past` of a parameter without a grid."""
-    update.laq(w, m, v, g_trial, r)
     g.copy_(g_trial)
     forward_float(to, w, m, v, g, ahead)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blaq.optim import passes, update
 from blaq.optim.batches import Batch
+from blaq.optim.options import REMEMBERING
 from blaq.optim.passes import How
 from blaq.optim.update import Rates
 from blaq.solvers import look_aside
@@ -15,12 +16,14 @@ from blaq.solvers import look_aside
 
 def one_gradient(batch: Batch, trial: str) -> None:
     """A step of LAQ, of "past", or of "delayed"."""
+    if trial in REMEMBERING and not batch.remembers:
+        # The first step has no last gradient: with its own in that place, the blend of both is the step of LAQ, bit for bit.
+        torch._foreach_copy_(batch.state("trial_grad"), list(batch.gradients))
     if trial == "past":
         _past(batch)
     elif trial == "delayed":
         last = batch.state("trial_grad")
-        # The last gradient stands in for that of a trial; the first step has none.
-        advance(batch, *([batch.gradients, last] if batch.remembers else [batch.gradients]))
+        advance(batch, batch.gradients, last)  # the last gradient stands in for that of a trial
         torch._foreach_copy_(last, list(batch.gradients))
     else:
         advance(batch, batch.gradients)
@@ -63,11 +66,10 @@ def _past(batch: Batch) -> None:
     ahead = batch.t + 1
     rates, how = (Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead)), batch.how(ahead)
     if how is None:
-        passes.run_float(passes.past_float if batch.remembers else passes.first_past_float, tensors, rates)
+        passes.run_float(passes.past_float, tensors, rates)
         batch.put(parameter=w_trial)
     else:
-        function = passes.past if batch.remembers else passes.first_past
-        scale = _solved(batch, function, w_trial, tensors, rates, ahead, how)
+        scale = _solved(batch, passes.past, w_trial, tensors, rates, ahead, how)
         batch.put_scales(scale)
         _write_values(batch, w_trial, scale, how)
     batch.put(latent=w, exp_avg=m, exp_avg_sq=v, trial_grad=g)
