@@ -1,9 +1,10 @@
 """The memory that training takes beyond parameters and gradients: `python benchmarks/memory.py --out docs/results`.
 
 A fresh process for each case takes the step on a few weights, so that code is loaded and compiled; then come parameters
-and gradients, the optimizer, a first step, three more, and `eval`. Measured is the peak of the resident memory (VmHWM of
-Linux, set back before each stage), less what was resident before the parameters, less parameters and gradients by their
-exact size. What the C library keeps of freed memory is handed back between the stages (malloc_trim). Beside it stands what
+and gradients, the optimizer, a first step, three more, and `eval`. Measured in each stage, less what there was before the
+parameters, less parameters and gradients by their exact size: the most that was allocated at once (glibc's account of it,
+looked at thousands of times a second), and the peak of the resident memory (VmHWM of Linux, set back before each stage), which
+includes memory that is free but not handed back. Between the stages it is (malloc_trim). Beside them stands what
 `blaq.memory_report` tells before training. A busy machine does not change the numbers.
 """
 
@@ -13,7 +14,10 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,9 @@ import blaq
 
 COLUMNS = 4096
 MANY = 2**16  # weights of each of many tensors: as large as those that are stepped together can be
+LOOK = 2e-4  # seconds between two looks at what is allocated: large memory takes as long to fill
 PIECES = 2**24  # bytes for pieces that are looked at together, however large the tensors
+LIBC = ctypes.CDLL(None)
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -69,18 +75,46 @@ def resident(line: str) -> int:
     return int(fields[line].split()[0]) * 1024
 
 
+class _MallInfo(ctypes.Structure):
+    """What glibc tells of its memory, see mallinfo(3)."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+def allocated() -> int:
+    """Bytes that are allocated now, by anybody in this process."""
+    told = LIBC.mallinfo2()
+    return int(told.uordblks + told.hblkhd)
+
+
 def hand_back() -> None:
     """Give freed memory back to the system, so that it does not count as held."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    LIBC.malloc_trim(0)
 
 
-def peak_of(work: Callable[[], Any]) -> int:
-    """The peak of the resident memory during a call."""
+@contextmanager
+def watched() -> Iterator[dict[str, int]]:
+    """The most that is allocated and resident inside; a thread of its own looks at what is allocated."""
+    found = {"allocated": 0, "resident": 0}
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            found["allocated"] = max(found["allocated"], allocated())
+            time.sleep(LOOK)
+
     hand_back()
     CLEAR.write_text("5")
-    work()
-    return resident("VmHWM")
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found["resident"] = resident("VmHWM")
 
 
 def parameters(weights: int, many: bool) -> list[torch.nn.Parameter]:
@@ -128,25 +162,30 @@ def measure(case: Case, weights: int) -> dict[str, Any]:
             opt.eval()
         del small, opt
     hand_back()
-    before = resident("VmRSS")
+    before = {"allocated": allocated(), "resident": resident("VmRSS")}
     given = parameters(weights, case.many)
     give_gradients(given)
     own = 2 * sum(p.nbytes for p in given)
-    held: list[Any] = []
-    peaks = {"start": peak_of(lambda: held.append(optimizer(given, case)))}
-    peaks["first"] = peak_of(lambda: step(held[0], given, case))
-    peaks["steps"] = peak_of(lambda: [step(held[0], given, case) for _ in range(3)])
+    found: dict[str, dict[str, int]] = {}
+    with watched() as found["start"]:
+        opt = optimizer(given, case)
+    with watched() as found["first"]:
+        step(opt, given, case)
+    with watched() as found["steps"]:
+        for _ in range(3):
+            step(opt, given, case)
     hand_back()
-    found: dict[str, Any] = {"state": resident("VmRSS") - before - own}
+    found["state"] = {"allocated": allocated(), "resident": resident("VmRSS")}
     if case.trial == "past":
-        peaks["eval"] = peak_of(held[0].eval)
-    found |= {stage: peak - before - own for stage, peak in peaks.items()}
+        with watched() as found["eval"]:
+            opt.eval()
+    measured = {stage: {kind: peak - before[kind] - own for kind, peak in of.items()} for stage, of in found.items()}
     if case.trial == "adamw":
         told = {"state": own, "held": own, "temporaries": 0}  # two moments, as large as parameter and gradient
     else:
-        report = blaq.memory_report(held[0])
+        report = blaq.memory_report(opt)
         told = {"state": report.total.state, "held": report.total.bytes, "temporaries": report.temporaries}
-    return {"case": asdict(case), "weights": sum(p.numel() for p in given), "measured": found, "told": told}
+    return {"case": asdict(case), "weights": sum(p.numel() for p in given), "measured": measured, "told": told}
 
 
 def in_a_process(case: Case, weights: int) -> dict[str, Any]:
@@ -166,12 +205,13 @@ def limits(row: dict[str, Any]) -> dict[str, float]:
 
 
 def cell(row: dict[str, Any], stage: str) -> str:
-    """Bytes a weight measured, and the limit; what exceeds it by more than a tenth of a byte, and pieces, is marked."""
+    """Bytes a weight: allocated, resident, told. What is allocated above that by more than a tenth, and pieces, is marked."""
     if stage not in row["measured"]:
         return ""
-    measured, limit = row["measured"][stage] / row["weights"], limits(row)[stage] / row["weights"]
+    of, limit = row["measured"][stage], limits(row)[stage] / row["weights"]
+    most, kept = (of[kind] / row["weights"] for kind in ("allocated", "resident"))
     room = 0.1 + (PIECES / row["weights"] if stage != "state" else 0.0)
-    return f"{measured:.1f} / {limit:.1f}{' over' if measured > limit + room else ''}"
+    return f"{most:.1f} ({kept:.1f}) / {limit:.1f}{' over' if most > limit + room else ''}"
 
 
 STAGES = ("state", "start", "first", "steps", "eval")
@@ -182,13 +222,13 @@ def page(report: dict[str, Any]) -> list[str]:
     lines = [
         "# The memory of training",
         "",
-        "Bytes a weight beyond parameters and gradients (4 each), measured / told: the peak of the resident memory of a fresh",
-        "process in each stage, less what was resident before the parameters (code loaded, and compiled); and what",
-        "`blaq.memory_report` tells before training, its temporaries (the largest tensor) included. `state` is what",
-        "stays after the steps, `start` building the optimizer, `first` the first step, which is solved exactly, `steps` three",
-        'more, `eval` what `trial="past"` does to evaluate. AdamW is told 8. "over" marks what is more than a tenth of a',
-        f"byte and {PIECES >> 20} MB (pieces of a tensor) above. Repeat with `python benchmarks/memory.py --out docs/results`,",
-        "which takes `--weights` and `--cases`.",
+        "Bytes a weight beyond parameters and gradients (4 each), in a fresh process for each case: the most that was",
+        "allocated at once in each stage; (the peak of the resident memory, which includes what has been let go and not handed",
+        "back to the system;) / what `blaq.memory_report` tells before training, its temporaries (the largest tensor) included.",
+        "`state` is what stays after the steps, `start` building the optimizer, `first` the first step, which is solved exactly,",
+        '`steps` three more, `eval` what `trial="past"` does to evaluate. AdamW is told 8. "over" marks what is allocated above',
+        f"that by more than a tenth of a byte and {PIECES >> 20} MB (pieces of a tensor). Repeat with",
+        "`python benchmarks/memory.py --out docs/results`, which takes `--weights` and `--cases`.",
         "",
         f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}, one thread.",
     ]
@@ -221,6 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.child:
         torch.set_num_threads(1)
+        LIBC.mallinfo2.restype = _MallInfo
+        sys.setswitchinterval(LOOK)
         print(json.dumps(measure(Case(**json.loads(options.child)), options.weights[0])))
         return
     unknown = set(options.cases or ()) - {case.name for case in CASES}

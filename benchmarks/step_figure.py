@@ -35,18 +35,19 @@ def figure(report: dict[str, Any]) -> go.Figure:
         raise SystemExit(
             "step_figure.py: step.json holds no table over AdamW(fused=True); run benchmarks/step.py first."
         )
-    # Those of channels, groups and both halves are over the plain case of their own table.
-    targets = dict.fromkeys((label(row), row["target"]) for table in tables for row in table["rows"])
-    names, values = zip(*targets, strict=True)
+    names = [label(row) for table in tables for row in table["rows"]]
+    # Those of channels, groups and both halves are over LAQ, and have no place here.
+    targets = {label(row): row["target"] for table in tables for row in table["rows"] if "laq" not in row}
     drawn = go.Figure()
     line = {"color": "#1B1F24", "width": 3}
     marks = {"symbol": "line-ns", "size": 15, "line": line}
-    drawn.add_scatter(x=list(values), y=list(names), mode="markers", marker=marks, name="target, at most")
+    drawn.add_scatter(x=list(targets.values()), y=list(targets), mode="markers", marker=marks, name="target, at most")
     for table, colour in zip(tables, CYCLE, strict=False):
         rows, threads = table["rows"], table["threads"]
-        low, high = ([abs(row["ratio"] - row["range"][end]) for row in rows] for end in (0, 1))
+        ratios = [row["adamw"] for row in rows]
+        low, high = ([abs(of["ratio"] - of["range"][end]) for of in ratios] for end in (0, 1))
         drawn.add_scatter(
-            x=[row["ratio"] for row in rows],
+            x=[of["ratio"] for of in ratios],
             y=[label(row) for row in rows],
             error_x={"type": "data", "array": high, "arrayminus": low, "thickness": 1.5, "width": 0},
             mode="markers",

@@ -49,7 +49,10 @@ def test_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert over_foreach == {(grid, solver, None) for grid in ("binary", *step.GRIDS) for solver in solvers}
     rows = report["tables"][0]["rows"]
     assert [row["grid"] for row in rows] == [case.grid for case in step.CASES]
-    assert all(low <= row["ratio"] <= high and low > 0 for row in rows for low, high in [row["range"]])
+    relative = [row["granularity"] != "tensor" or row["trial"] != "none" for row in rows]
+    assert ["laq" in row for row in rows] == relative
+    ratios = [row[peer] for row in rows for peer in ("adamw", "laq") if peer in row]
+    assert all(0 < low <= of["ratio"] <= high for of in ratios for low, high in [of["range"]])
     text = (tmp_path / "step.md").read_text()
     # Every case over fused, both solvers over foreach, and ResNet-56.
     assert text.count("| ternary |") == [case.grid for case in step.CASES].count("ternary") + 2 + 1
@@ -159,8 +162,10 @@ def test_the_memory_of_training(tmp_path: Path) -> None:
     # Two moments; and with a latent weight, a scale and a counter. What lies around in 16 MB tensors is not exact to the byte.
     assert (adamw["told"]["state"], fresh["told"]["state"]) == (8 * 2**22, 12 * 2**22 + 8)
     for row in (adamw, fresh):
-        assert abs(row["measured"]["state"] - row["told"]["state"]) < 2**22
-        assert row["measured"]["steps"] > row["told"]["held"] - 2**22
+        for kind in ("allocated", "resident"):
+            assert abs(row["measured"]["state"][kind] - row["told"]["state"]) < 2**22
+            assert row["measured"]["steps"][kind] > row["told"]["held"] - 2**22
+        assert row["measured"]["steps"]["allocated"] < row["measured"]["steps"]["resident"] + 2**22
     assert "| fresh | ternary | alternating | no |" in (tmp_path / "memory.md").read_text()
 
 
@@ -182,13 +187,12 @@ def test_the_picture_of_the_steps() -> None:
     tables = [table for table in report["tables"] if table["peer"] == "fused"]
     targets, *measured = step_figure.figure(report).data
     for table, trace in zip(tables, measured, strict=True):
-        assert list(trace.x) == [row["ratio"] for row in table["rows"]]
-        aims = {(name, row["target"]) for name, row in zip(trace.y, table["rows"], strict=True)}
-        assert aims <= set(zip(targets.y, targets.x, strict=True))
+        ratios = [row["adamw"] for row in table["rows"]]
+        assert list(trace.x) == [of["ratio"] for of in ratios]
+        aims = {(name, row["target"]) for name, row in zip(trace.y, table["rows"], strict=True) if "laq" not in row}
+        assert aims == set(zip(targets.y, targets.x, strict=True))
         ends = zip(trace.x, trace.error_x.arrayminus, trace.error_x.array, strict=True)
-        assert [[round(x - low, 2), round(x + high, 2)] for x, low, high in ends] == [
-            row["range"] for row in table["rows"]
-        ]
+        assert [[round(x - low, 2), round(x + high, 2)] for x, low, high in ends] == [of["range"] for of in ratios]
     with pytest.raises(SystemExit, match="no table"):
         step_figure.figure({"tables": []})
 

@@ -28,10 +28,10 @@ class Loops(NamedTuple):
     mark: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     chunk: int
     """Entries that they are called with at once."""
-    intervals: int
-    """Up to so many are marked by comparison."""
+    intervals: tuple[int, ...]
+    """How many are marked by comparison, up to the last; more are looked up."""
     fill: bool
-    """Whether there must be as many always: compiled code is for one number of them."""
+    """Whether there must be as many as one of these says: compiled code is for one number of them."""
 
 
 class Cells(NamedTuple):
@@ -127,7 +127,7 @@ def mark(w_N: Tensor, limits_I2: Tensor, takes_2: Tensor, flags_N: Tensor) -> No
 
 
 # Their wide copies stay in cache.
-PLAIN = Loops(add_into_bins, mark, chunk=2**16, intervals=2, fill=False)
+PLAIN = Loops(add_into_bins, mark, chunk=2**16, intervals=(2,), fill=False)
 
 
 def _bits(u: Tensor) -> Tensor:
@@ -199,10 +199,11 @@ class Near:
     def __init__(self, bins: Bins, row: Row, side: int | None, cells: Cells) -> None:
         self.bins = bins
         unsettled = bins.unsettled(cells)
-        self.u_M, self.d_M = _picked(bins, row, side, unsettled)
-        zero = self.u_M.new_zeros(1)
-        self.d_sum = torch.cat([zero, self.d_M.cumsum(0)])
-        self.du_sum = torch.cat([zero, (self.d_M * self.u_M).cumsum(0)])
+        self.minus_u_M, self.d_M = _picked(bins, row, side, unsettled)
+        # Sums of those before each place, written where they stay: M may be some percent of the row.
+        self.d_sum, self.du_sum = (self.minus_u_M.new_zeros(len(self.d_M) + 1) for _ in range(2))
+        torch.cumsum(self.d_M, 0, dtype=torch.float64, out=self.d_sum[1:])
+        torch.mul(self.minus_u_M, self.d_M, out=self.du_sum[1:]).neg_().cumsum_(0)
         # What the bins hold without the entries picked.
         settled = torch.cat([~unsettled, unsettled.new_zeros(1)])
         per_bin = [torch.where(settled, above - above.roll(-1), 0.0) for above in (bins.d_above, bins.du_above)]
@@ -210,7 +211,7 @@ class Near:
 
     def taken(self, alpha_C: Tensor) -> Tensor:
         """(C, K): how many of the entries picked have made step k when alpha has come down to a value."""
-        return torch.searchsorted(-self.u_M, -alpha_C.unsqueeze(1) * self.bins.mids, right=True)
+        return torch.searchsorted(self.minus_u_M, -alpha_C.unsqueeze(1) * self.bins.mids, right=True)
 
     def sums(self, alpha_C: Tensor, taken_CK: Tensor) -> tuple[Tensor, Tensor]:
         """S1 and S2, (C,)."""
@@ -229,28 +230,29 @@ class Near:
 
 
 def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitude and curvature of the entries in unsettled bins, the largest first, float64 (M,)."""
+    """The entries in unsettled bins, the largest first, (M,): minus the magnitude, float64, and curvature."""
     edges = torch.nn.functional.pad(unsettled_B.to(torch.int8), (1, 1)).diff().nonzero().view(-1, 2)
     limits_I2 = torch.where(edges < len(unsettled_B), bins.floats(edges), torch.inf).to(row.dtype)
-    compared = len(edges) <= row.loops.intervals
-    if compared and row.loops.fill:
-        limits_I2 = torch.nn.functional.pad(limits_I2, (0, 0, 0, row.loops.intervals - len(edges)), value=torch.inf)
+    compared = next((count for count in row.loops.intervals if len(edges) <= count), None)
+    if compared is not None and row.loops.fill:
+        limits_I2 = torch.nn.functional.pad(limits_I2, (0, 0, 0, compared - len(edges)), value=torch.inf)
     takes = torch.tensor([side != 1, side != 0], dtype=row.dtype, device=row.w.device)
-    if not compared:
+    if compared is None:
         row = row._replace(loops=PLAIN)
     found = _Growing(row.w.new_empty(2, _ROOM, dtype=row.dtype))
     for w, d in row.chunks() if len(edges) else ():
         flags = torch.empty_like(w, dtype=torch.uint8)
-        if compared:
+        if compared is not None:
             row.loops.mark(w, limits_I2, takes, flags)
         else:
             index = (_bits(w.abs()) - bins.first).clamp(min=0)
             flags.copy_(unsettled_B.index_select(0, index) * torch.where(w < 0, takes[0], takes[1]))
         at = _where(flags)
         found.append(w[at].abs(), d[at])
-    u, d = found.all
-    u, order = u.sort(descending=True)
-    return u.double(), d[order].double()
+    u, order = found.all[0].sort(descending=True)
+    d = found.all[1][order]
+    del found, order
+    return u.double().neg_(), d
 
 
 class _Growing:

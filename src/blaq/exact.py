@@ -24,8 +24,8 @@ from blaq.solvers import add_up, blocks, nearest, sides
 _TIE = 1e-12  # relative difference below which two optima are equal
 _ROUNDING = 1e-9  # relative error of sums over a row, with room: no cell is dropped for less
 _LONG = 2**16  # breakpoints of a row above which the range of alpha is cut before they are sorted
-_DIRECT = 2**20  # breakpoints of a long row that are sorted at once
-_ROWS = 2**18  # breakpoints of short rows that are
+_DIRECT = 2**16  # breakpoints of a long row that are sorted at once
+_ROWS = 2**17  # breakpoints of short rows that are
 _CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones
 _BLOCK = 2**16  # entries whose levels are looked at together
 
@@ -171,11 +171,12 @@ def _best_between(near: Near, high: Tensor, low: Tensor) -> tuple[float, Tensor]
     steps = [torch.arange(int(a), int(b), device=mids.device) for a, b in zip(first[0], last[0], strict=True)]
     index = torch.cat(steps)
     step = torch.repeat_interleave(torch.arange(len(steps), device=mids.device), (last - first)[0])
-    by_alpha = (near.u_M[index] / mids[step]).argsort(descending=True)
+    by_alpha = (near.minus_u_M[index] / mids[step]).argsort()
     index, step = index[by_alpha], step[by_alpha]
     s1, s2 = near.sums(high.view(1), first)
-    s1 = torch.cat([s1, s1 + (near.d_M[index] * near.u_M[index] * levels.diff()[step]).cumsum(0)])
-    s2 = torch.cat([s2, s2 + (near.d_M[index] * levels.square().diff()[step]).cumsum(0)])
+    d, u = near.d_M[index].double(), -near.minus_u_M[index]
+    s1 = torch.cat([s1, s1 + (d * u * levels.diff()[step]).cumsum(0)])
+    s2 = torch.cat([s2, s2 + (d * levels.square().diff()[step]).cumsum(0)])
     values = _value(s1, s2)
     at = _first_best(values)
     return float(values[at]), _ratio(s1, s2, at)

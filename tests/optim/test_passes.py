@@ -128,16 +128,23 @@ def test_compiled_passes_make_nothing_of_the_size_of_the_weights(grid: str, gran
 
 
 @pytest.mark.usefixtures("working_compiler")
-@pytest.mark.parametrize("grid", ["ternary", "ternary2", "linear4"])
-def test_the_exact_solver_is_the_same_with_compiled_loops(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a row is seen in chunks that do not divide it."""
+@pytest.mark.parametrize(("grid", "intervals"), [("ternary", 2), ("ternary2", 2), ("linear4", 8), ("linear5", 16)])
+def test_the_exact_solver_is_the_same_with_compiled_loops(grid: str, intervals: int) -> None:
+    """Also where a row is seen in chunks that do not divide it, and whatever number of intervals they are compiled for."""
+    marked = set()
+
+    def mark(w: Tensor, limits: Tensor, *rest: Tensor) -> None:
+        marked.add(len(limits))
+        passes._LOOPS.mark(w, limits, *rest)
+
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(1, 100_003, generator=generator)
     d = torch.rand(1, 100_003, generator=generator) + 0.01
     for chunk in (2**20, 2**14):
-        loops = passes._LOOPS._replace(chunk=chunk)
+        loops = passes._LOOPS._replace(mark=mark, chunk=chunk)
         found, expected = (exact(w, d, blaq.Grid.parse(grid), of) for of in (loops, PLAIN))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert marked == {intervals}
     assert not compiled._Compiler.broken
 
 

@@ -234,7 +234,9 @@ def _mark(*tensors: Tensor) -> None:
     compiled.call(mark, tensors, lambda: mark(*tensors))
 
 
-_LOOPS = Loops(_add_into_bins, _mark, chunk=2**20, intervals=2, fill=True)  # chunks: a flag an entry takes memory
+_LOOPS = Loops(
+    _add_into_bins, _mark, chunk=2**20, intervals=(2, 8, 16), fill=True
+)  # chunks: a flag an entry takes memory
 
 
 @functools.cache
