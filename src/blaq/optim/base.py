@@ -21,9 +21,11 @@ from blaq.optim.options import (
     REMEMBERING,
     SHARED,
     TRIALS,
+    Edits,
     check_arguments,
     check_group,
     check_options,
+    check_shared,
     check_trial_every,
     parameter_name,
 )
@@ -64,6 +66,7 @@ class LatentOptimizer(Optimizer):
         self._kept = Kept()
         self._versions: dict[Tensor, int] = {}  # of the parameters as we wrote them: tells a write from outside
         self._solved: dict[Tensor, tuple[Tensor, int]] = {}  # latent weights that have their scale, and their version
+        self._watch_groups()
 
     def _check_idle(self, what: str) -> None:
         """Refuse while a step is under way: nothing may be saved or changed then."""
@@ -165,6 +168,7 @@ class LatentOptimizer(Optimizer):
             if trial in REMEMBERING and trial != self.trial:
                 state.update(held.no_trial_yet(state["exp_avg"]))
         self._set_all(trial=trial)
+        self._watch_groups()
 
     @property
     def gradient_evaluations(self) -> int:
@@ -182,11 +186,7 @@ class LatentOptimizer(Optimizer):
         group, index = self.param_groups[-1], len(self.param_groups) - 1
         try:
             check_group(self._owner, group, self.defaults, index)
-            for key in SHARED:
-                if group[key] != self.param_groups[0][key]:
-                    raise ValueError(
-                        f"{self._owner}: group {index} has {key}={group[key]!r}; all groups share one value of it."
-                    )
+            check_shared(self._owner, group, self.param_groups[0], index)
             if self._constructed:
                 if group["evaluating"]:
                     raise ValueError(f"{self._owner}.add_param_group(): call train() first.")
@@ -194,6 +194,7 @@ class LatentOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self._watch_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; see torch. Plain tensors and values: loads with ``weights_only=True``."""
@@ -251,6 +252,19 @@ class LatentOptimizer(Optimizer):
     @property
     def _owner(self) -> str:
         return type(self).__name__
+
+    def _watch_groups(self) -> None:
+        """The groups are as they should be: from now on they are watched for edits."""
+        self._edits = [Edits(group) for group in self.__dict__.get("param_groups", ())]
+
+    def _check_edits(self) -> None:
+        if len(self._edits) != len(self.param_groups):
+            raise ValueError(
+                f"{self._owner}: param_groups has {len(self.param_groups)} groups, and the optimizer was told of "
+                f"{len(self._edits)}; add groups by add_param_group(), and leave them in."
+            )
+        for index, (group, edits) in enumerate(zip(self.param_groups, self._edits, strict=True)):
+            edits.check(self._owner, group, self.param_groups[0], index)
 
     def _parameters(self) -> Iterator[tuple[Group, Tensor, held.State]]:
         for group in self.param_groups:

@@ -158,9 +158,11 @@ class BLAQ(LatentOptimizer):
             The first loss, or None without a closure.
 
         Raises:
-            ValueError: a gradient that is NaN or Inf, by name; no closure though the step has a trial. Parameters, buffers,
-                random state and optimizer state are then as before the step; so they are when the closure raises.
+            ValueError: a gradient that is NaN or Inf, by name; no closure though the step has a trial; an option edited in
+                ``param_groups`` to what it cannot be. Parameters, buffers, random state and optimizer state are then as
+                before the step; so they are when the closure raises.
         """
+        self._check_edits()
         two = self.trial == "fresh" and (self.param_groups[0]["steps"] + 1) % self.param_groups[0]["trial_every"] == 0
         try:
             self._check_call(closure, scaler, two)
@@ -250,7 +252,8 @@ class BLAQ(LatentOptimizer):
         and compute them there on the same mini-batch.
 
         Raises:
-            ValueError: a gradient that is NaN or Inf; a step already begun; ``trial`` other than ``"fresh"``.
+            ValueError: a gradient that is NaN or Inf; a step already begun; ``trial`` other than ``"fresh"``; an option
+                edited to what it cannot be.
         """
         if self.trial != "fresh":
             raise ValueError(
@@ -265,7 +268,8 @@ class BLAQ(LatentOptimizer):
         """Second half: from the gradients at the trial point, in ``p.grad``, back and on with the blend of both.
 
         Raises:
-            ValueError: no step begun; a gradient that is NaN or Inf, or missing: the step is then undone.
+            ValueError: no step begun; a gradient that is NaN or Inf, or missing, or an option edited to what it cannot be:
+                the step is then undone.
         """
         if self._pending is None:
             raise ValueError(f"{self._owner}.backtrack_step(): no step begun; call forward_step() first.")
@@ -290,6 +294,7 @@ class BLAQ(LatentOptimizer):
 
     def _run_half(self, half: Callable[[], None]) -> None:
         try:
+            self._check_edits()
             self._gradients_usable(None, self)
             half()
         except BaseException:

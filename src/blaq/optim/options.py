@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from numbers import Real
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ COUNTERS = ("steps", "gradient_evaluations", "evaluating")  # of the optimizer, 
 _ANNOTATIONS = {"params", "param_names", "notes", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 _ANNOTATIONS |= {"max_momentum", "base_momentum"}
 SHARED = ("trial", "trial_every")  # one value for the whole optimizer
+_BUILT = ("grid", "granularity", "trial")  # what state is made for: not to be edited in a group
+# What may be, between steps; lr too, which schedulers edit often.
+_EDITABLE = ("betas", "eps", "weight_decay", "a", "clip", "curvature", "solver", "trial_every")
 
 
 def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: int) -> None:
@@ -67,12 +71,67 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
                 f"{owner}: '{name}' is on {parameter.device}, which has no float64, and steps add up in it; move the model to "
                 "the CPU, or keep it in float."
             )
-        if grid is None and torch.tensor(group["eps"], dtype=parameter.dtype) == 0:
-            raise ValueError(
-                f"{owner}(eps={group['eps']}): is 0 in {parameter.dtype}, the dtype of '{name}'; expected a larger eps."
-            )
         if grid is not None:
             row_shape(parameter.shape, group["granularity"], f"{owner}: '{name}' ")
+    _check_eps(owner, group, index)
+
+
+class Edits:
+    """Watches a group of an optimizer for options that were edited there, as schedulers and users do between steps."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self._built = _built(group)
+        self._checked: tuple[object, ...] = ()
+
+    def check(self, owner: str, group: dict[str, Any], first: dict[str, Any], index: int) -> None:
+        """Check what is new.
+
+        Args:
+            owner: for messages.
+            group: the group, number `index`.
+            first: the first group, with the values that all share.
+            index: of the group.
+
+        Raises:
+            ValueError: an option out of range, or one that cannot be changed here.
+        """
+        check_lr(owner, group["lr"])
+        now = (*_editable(group), *_built(group), first["trial_every"])
+        if len(now) == len(self._checked) and all(map(is_, now, self._checked)):
+            return
+        for key, built, value in zip(_BUILT, self._built, _built(group), strict=True):
+            if value != built:
+                out = f"set optimizer.trial = {value!r}" if key == "trial" else "build a new optimizer to change it"
+                raise ValueError(f"{owner}: group {index} was built with {key}={built!r} and now has {value!r}; {out}.")
+        check_options(owner, group)
+        check_shared(owner, group, first, index)
+        check_solver(group["solver"], owner)
+        _check_eps(owner, group, index)
+        group["betas"] = tuple(group["betas"])  # a list could be edited unseen
+        self._checked = (*_editable(group), *_built(group), first["trial_every"])
+
+
+_built, _editable = itemgetter(*_BUILT), itemgetter(*_EDITABLE)
+
+
+def _check_eps(owner: str, group: dict[str, Any], index: int) -> None:
+    """Refuse an eps that is lost in the dtype of a parameter without a grid."""
+    if group["grid"] is not None:
+        return
+    for dtype in {p.dtype: None for p in group["params"]}:
+        if torch.tensor(group["eps"], dtype=dtype) == 0:
+            position = next(i for i, p in enumerate(group["params"]) if p.dtype == dtype)
+            name = parameter_name(group, index, position)
+            raise ValueError(
+                f"{owner}(eps={group['eps']}): is 0 in {dtype}, the dtype of '{name}'; expected a larger eps."
+            )
+
+
+def check_shared(owner: str, group: dict[str, Any], first: dict[str, Any], index: int) -> None:
+    """Refuse an option of a group that differs from the first group's, where all share one value."""
+    for key in SHARED:
+        if group[key] != first[key]:
+            raise ValueError(f"{owner}: group {index} has {key}={group[key]!r}; all groups share one value of it.")
 
 
 def check_arguments(owner: str, params: object, module: object, compile: object) -> None:
@@ -90,13 +149,8 @@ def check_arguments(owner: str, params: object, module: object, compile: object)
 
 def check_options(owner: str, options: dict[str, Any]) -> None:
     """Check the constructor's options, which every group may override."""
-    lr, betas, eps, decay, a, clip = (options[key] for key in ("lr", "betas", "eps", "weight_decay", "a", "clip"))
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{owner}(lr={tuple(lr.shape)} tensor): expected one number.")
-        lr = lr.item()
-    if not _in(lr, 0, math.inf):
-        raise ValueError(f"{owner}(lr={lr!r}): expected a finite lr >= 0.")
+    betas, eps, decay, a, clip = (options[key] for key in ("betas", "eps", "weight_decay", "a", "clip"))
+    check_lr(owner, options["lr"])
     if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(_in(b, 0, 1) and b < 1 for b in betas):
         raise ValueError(f"{owner}(betas={betas!r}): expected two numbers, 0 <= beta < 1 (decay of Adam's moments).")
     if not (_in(eps, 0, math.inf) and eps > 0):
@@ -123,6 +177,16 @@ def check_options(owner: str, options: dict[str, Any]) -> None:
         )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"{owner}(trial_every={every!r}): expected an int >= 1 (a trial at every k-th step).")
+
+
+def check_lr(owner: str, lr: object) -> None:
+    """Check a learning rate: a number, or a tensor of one."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{owner}(lr={tuple(lr.shape)} tensor): expected one number.")
+        lr = lr.item()
+    if not _in(lr, 0, math.inf):
+        raise ValueError(f"{owner}(lr={lr!r}): expected a finite lr >= 0.")
 
 
 def check_trial_every(owner: str, options: dict[str, Any]) -> None:
