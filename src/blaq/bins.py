@@ -233,16 +233,16 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
     """The entries in unsettled bins, the largest first, (M,): minus the magnitude, float64, and curvature."""
     edges = torch.nn.functional.pad(unsettled_B.to(torch.int8), (1, 1)).diff().nonzero().view(-1, 2)
     limits_I2 = torch.where(edges < len(unsettled_B), bins.floats(edges), torch.inf).to(row.dtype)
-    compared = next((count for count in row.loops.intervals if len(edges) <= count), None)
-    if compared is not None and row.loops.fill:
-        limits_I2 = torch.nn.functional.pad(limits_I2, (0, 0, 0, compared - len(edges)), value=torch.inf)
+    places = next((count for count in row.loops.intervals if len(edges) <= count), None)  # of a loop; None: too many
+    if places is not None and row.loops.fill:
+        limits_I2 = torch.nn.functional.pad(limits_I2, (0, 0, 0, places - len(edges)), value=torch.inf)
     takes = torch.tensor([side != 1, side != 0], dtype=row.dtype, device=row.w.device)
-    if compared is None:
+    if places is None:
         row = row._replace(loops=PLAIN)
     found = _Growing(row.w.new_empty(2, _ROOM, dtype=row.dtype))
     for w, d in row.chunks() if len(edges) else ():
         flags = torch.empty_like(w, dtype=torch.uint8)
-        if compared is not None:
+        if places is not None:
             row.loops.mark(w, limits_I2, takes, flags)
         else:
             index = (_bits(w.abs()) - bins.first).clamp(min=0)

@@ -20,10 +20,7 @@ from blaq.projection import dequantize, nearest_levels, solve_scale, write_value
 from blaq.solvers import blocks, follow, join_to_follow, looks, sums_to_follow
 
 _BLOCK = 2**16  # entries that an uncompiled pass goes over at once
-_LONGEST, _SHORTEST = (
-    4096,
-    64,
-)  # pieces of a row in a compiled one: as long as sums need no care, and long enough for a loop
+_LONGEST, _SHORTEST = 4096, 64  # a piece of a row in a compiled pass: sums need no care yet, and a loop pays
 _FEW = 2**12  # pieces up to which what is told once a piece is kept
 # One addition after the other: faster than atomic ones on few threads, and the same in every run.
 _IN_ORDER = (("cpp.threads", 1),)
@@ -234,9 +231,8 @@ def _mark(*tensors: Tensor) -> None:
     compiled.call(mark, tensors, lambda: mark(*tensors))
 
 
-_LOOPS = Loops(
-    _add_into_bins, _mark, chunk=2**20, intervals=(2, 8, 16), fill=True
-)  # chunks: a flag an entry takes memory
+# Chunks, since a flag an entry takes memory.
+_LOOPS = Loops(_add_into_bins, _mark, chunk=2**20, intervals=(2, 8, 16), fill=True)
 
 
 @functools.cache

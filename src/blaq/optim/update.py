@@ -10,7 +10,6 @@ bit for bit. Tensors have one shape, any; ``r`` holds what the formulas need of 
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 Group = dict[str, Any]
@@ -27,6 +26,8 @@ class Rates(NamedTuple):
     """1 - beta2."""
     correction: Number
     """sqrt(1 - beta2^t): v_hat is v over its square."""
+    inverse: Number
+    """1 / correction: compiled code multiplies by it, where torch's Adam divides, which takes longer."""
     eps: Number
     move: Number
     """-lr / (1 - beta1^t)."""
@@ -40,11 +41,13 @@ class Rates(NamedTuple):
     def of(group: Group, t: int) -> "Rates":
         """Those of step t, counted from 1, of the parameters of a group."""
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        correction = (1 - beta2**t) ** 0.5
         return Rates(
             follow1=1 - beta1,
             beta2=beta2,
             follow2=1 - beta2,
-            correction=(1 - beta2**t) ** 0.5,
+            correction=correction,
+            inverse=1 / correction,
             eps=group["eps"],
             move=-(lr / (1 - beta1**t)),
             a=group["a"],
@@ -62,7 +65,7 @@ def advance(m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
 
 def curvature(v: Tensor, r: Rates) -> Tensor:
     """d = sqrt(v_hat) + eps with Adam's bias correction."""
-    return v.sqrt().div_(r.correction).add_(r.eps)
+    return _metric(v.sqrt(), r)
 
 
 def descend(w: Tensor, m: Tensor, d: Tensor, r: Rates) -> None:
@@ -95,16 +98,29 @@ def forward(w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> tuple[Tenso
 def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates) -> Tensor:
     """Back at w, move with the blend of both gradients, in place. Returns d', the metric of the projection.
 
-    With a = 1 this is `laq` bit for bit: ``lerp`` of weight 1 is its end.
+    With a = 1 this is `laq` bit for bit. Both roots are blended before the bias correction, which is the same for both:
+    d' = a d + (1 - a) d* with one division.
     """
     g, g_trial = g.to(m.dtype), g_trial.to(m.dtype)
     v_trial = _add_product(v * r.beta2, g_trial, g_trial, r.follow2)
     _add_product(v.mul_(r.beta2), g, g, r.follow2)
-    d = torch.lerp(curvature(v_trial, r), curvature(v, r), r.a)
-    m.lerp_(torch.lerp(g_trial, g, r.a), r.follow1)
-    v.copy_(torch.lerp(v_trial, v, r.a))
+    d = _metric(_blend(v_trial.sqrt(), v.sqrt(), r.a), r)
+    m.lerp_(_blend(g_trial.clone(), g, r.a), r.follow1)
+    v.copy_(_blend(v_trial, v, r.a))
     descend(w, m, d, r)
     return d
+
+
+def _metric(root: Tensor, r: Rates) -> Tensor:
+    """d from sqrt(v), in place."""
+    root = root.mul_(r.inverse) if isinstance(r.inverse, Tensor) else root.div_(r.correction)
+    return root.add_(r.eps)
+
+
+def _blend(to: Tensor, x: Tensor, a: Number) -> Tensor:
+    """to <- a x + (1 - a) to, in place; x itself where a = 1."""
+    to.mul_(1 - a)
+    return to.add_(x * a) if isinstance(a, Tensor) else to.add_(x, alpha=a)
 
 
 def _add_product(to: Tensor, x: Tensor, y: Tensor, factor: Number) -> Tensor:
