@@ -8,6 +8,7 @@ test: numbers are recorded, not gated.
 
 import argparse
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -189,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         tables.append(part)
         if options.out:
             setting = {"versions": versions("python", "torch", "blaq"), "machine": processor(), "pairs": options.pairs}
+            setting["huge_pages"] = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"  # read by torch where it allocates
             write({**setting, "tables": tables}, options.out)
 
     for threads in options.threads:
@@ -226,7 +228,8 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "those of channels, groups and `fresh` over LAQ's step of the same grid, timed in the same turns. Repeat with",
         "`make bench`.",
         "",
-        f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}.",
+        f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}"
+        f"{', memory in huge pages (`THP_MEM_ALLOC_ENABLE=1`)' if report.get('huge_pages') else ''}.",
     ]
     for part in report["tables"]:
         weights = part["weights"]

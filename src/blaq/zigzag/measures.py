@@ -34,8 +34,13 @@ class Measures:
     trial_agreement: float | None
 
 
-def cosines(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def cosines(a: Sequence[Tensor], b: Sequence[Tensor], norms_a: Tensor | None = None) -> Tensor:
     """cos(a_i, b_i) of pairs of tensors, and last that of all entries together: float64 (pairs + 1,), NaN for a zero vector.
+
+    Args:
+        a: tensors of any shape.
+        b: as many, of the same shapes.
+        norms_a: `norms` of a, where they are known.
 
     Example:
         >>> east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -43,7 +48,7 @@ def cosines(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         tensor([1.0000, 0.0000, 0.5000], dtype=torch.float64)
     """
     dots = [torch.dot(widen(x).flatten(), widen(y).flatten()) for x, y in zip(a, b, strict=True)]
-    return with_total(dots) / (norms(a) * norms(b))
+    return with_total(dots) / ((norms(a) if norms_a is None else norms_a) * norms(b))
 
 
 @torch.no_grad()

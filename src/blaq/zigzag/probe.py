@@ -175,12 +175,15 @@ class ZigZag:
         t = self._steps
         probed, kept = t % self.every == 0, (t + 1) % self.every == 0
         if self._start:
-            updates = [layer.latent - start for layer, start in zip(self._layers, self._start, strict=True)]
-            if probed and self._follows:
-                cosine = cosines(updates, self._updates)
-                self._add("zigzag_rate", torch.where(cosine.isnan(), cosine, (cosine < 0).double()))
+            # In the place of w_t, which is no longer needed: fresh memory of this size takes longer than the subtraction.
+            pairs = zip(self._layers, self._start, strict=True)
+            updates = [torch.sub(layer.latent, start, out=start) for layer, start in pairs]
             if probed or self._measured < 0:
-                self._advance_path(t, norms(updates))
+                length = norms(updates)
+                self._advance_path(t, length)
+                if probed and self._follows:
+                    cosine = cosines(updates, self._updates, length)
+                    self._add("zigzag_rate", torch.where(cosine.isnan(), cosine, (cosine < 0).double()))
             self._start, self._updates = [], updates if kept else []
             self._kept = t if kept else -1
         if self.quantized and (probed or kept):
