@@ -19,7 +19,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/step.py --weights 1048576 4194304 100663296 --out docs/results
+	$(BIN)/python benchmarks/step.py --weights 1048576 4194304 99999744 --out docs/results
 	$(BIN)/python benchmarks/step_figure.py
 	$(BIN)/python benchmarks/memory.py --out docs/results
 	$(BIN)/python benchmarks/data.py --out docs/results
