@@ -1,5 +1,6 @@
 """What may enter a step: gradients and latent weights that are finite, and whose squares are."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,6 +72,6 @@ def _all_small_alike(tensors: list[Tensor], dtype: torch.dtype) -> bool:
     small = [t for t in tensors if t.numel() <= _LARGE or dtype != wide or not t.is_contiguous()]
     squares = [torch.dot(t.view(-1), t.view(-1)) for t in large]  # on several threads
     lengths = torch._foreach_norm(small, 2, wide if dtype != wide else None) if small else ()
-    found = torch.stack([*squares, *lengths]).tolist()
-    largest = torch.finfo(wide).max
-    return all(x <= largest for x in found[: len(squares)]) and all(x * x <= largest for x in found[len(squares) :])
+    found = torch.stack([*squares, *(torch._foreach_mul(lengths, lengths) if small else ())])
+    # Their sum tells in one number; should it overflow by itself, the caller looks at one tensor after the other.
+    return math.isfinite(float(found.sum()))
