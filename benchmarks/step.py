@@ -229,7 +229,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "`make bench`.",
         "",
         f"{listed(report['versions'])}; {report['machine']['cpu']}, {report['machine']['capability']}"
-        f"{', memory in huge pages (`THP_MEM_ALLOC_ENABLE=1`)' if report.get('huge_pages') else ''}.",
+        f"{', memory in huge pages (`THP_MEM_ALLOC_ENABLE=1`)' if report['huge_pages'] else ''}.",
     ]
     for part in report["tables"]:
         weights = part["weights"]

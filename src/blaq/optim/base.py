@@ -66,7 +66,7 @@ class LatentOptimizer(Optimizer):
         self._kept = Kept()
         self._versions: dict[Tensor, int] = {}  # of the parameters as we wrote them: tells a write from outside
         self._solved: dict[Tensor, tuple[Tensor, int]] = {}  # latent weights that have their scale, and their version
-        self._watch_groups()
+        self._edits = Edits(self.__dict__.get("param_groups", ()))
 
     def _check_idle(self, what: str) -> None:
         """Refuse while a step is under way: nothing may be saved or changed then."""
@@ -155,6 +155,8 @@ class LatentOptimizer(Optimizer):
         if trial not in TRIALS:
             raise ValueError(f"{self._owner}(trial={trial!r}): expected 'fresh', 'past', 'delayed' or 'none'.")
         self._check_idle("trial")
+        self._set_all(trial=self._edits.trial)  # one that was edited in a group is what is being set right
+        self._edits.check(self._owner, self.param_groups)
         if self.trial == "past" and trial != "past":
             self.eval()
             self._set_all(evaluating=False)
@@ -168,7 +170,7 @@ class LatentOptimizer(Optimizer):
             if trial in REMEMBERING and trial != self.trial:
                 state.update(held.no_trial_yet(state["exp_avg"]))
         self._set_all(trial=trial)
-        self._watch_groups()
+        self._edits = Edits(self.param_groups)
 
     @property
     def gradient_evaluations(self) -> int:
@@ -179,6 +181,8 @@ class LatentOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; quantized parameters are on their grid when this returns."""
+        if self._constructed:
+            self._edits.check(self._owner, self.param_groups)
         counters = {key: self.param_groups[0][key] if self._constructed else GROUP_DEFAULTS[key] for key in COUNTERS}
         shared = {key: self.param_groups[0][key] for key in SHARED} if self._constructed else {}
         # A group of its own: one that two optimizers share would count the steps of both.
@@ -194,7 +198,7 @@ class LatentOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._watch_groups()
+        self._edits = Edits(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; see torch. Plain tensors and values: loads with ``weights_only=True``."""
@@ -240,6 +244,7 @@ class LatentOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_idle("pickle")
+        self._edits.check(self._owner, self.param_groups)
         return {**super().__getstate__(), "module": self.module, "compile": self.compile, "_constructed": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,19 +257,6 @@ class LatentOptimizer(Optimizer):
     @property
     def _owner(self) -> str:
         return type(self).__name__
-
-    def _watch_groups(self) -> None:
-        """The groups are as they should be: from now on they are watched for edits."""
-        self._edits = [Edits(group) for group in self.__dict__.get("param_groups", ())]
-
-    def _check_edits(self) -> None:
-        if len(self._edits) != len(self.param_groups):
-            raise ValueError(
-                f"{self._owner}: param_groups has {len(self.param_groups)} groups, and the optimizer was told of "
-                f"{len(self._edits)}; add groups by add_param_group(), and leave them in."
-            )
-        for index, (group, edits) in enumerate(zip(self.param_groups, self._edits, strict=True)):
-            edits.check(self._owner, group, self.param_groups[0], index)
 
     def _parameters(self) -> Iterator[tuple[Group, Tensor, held.State]]:
         for group in self.param_groups:

@@ -162,7 +162,7 @@ class BLAQ(LatentOptimizer):
                 ``param_groups`` to what it cannot be. Parameters, buffers, random state and optimizer state are then as
                 before the step; so they are when the closure raises.
         """
-        self._check_edits()
+        self._edits.check(self._owner, self.param_groups)
         two = self.trial == "fresh" and (self.param_groups[0]["steps"] + 1) % self.param_groups[0]["trial_every"] == 0
         try:
             self._check_call(closure, scaler, two)
@@ -294,7 +294,7 @@ class BLAQ(LatentOptimizer):
 
     def _run_half(self, half: Callable[[], None]) -> None:
         try:
-            self._check_edits()
+            self._edits.check(self._owner, self.param_groups)
             self._gradients_usable(None, self)
             half()
         except BaseException:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import is_, itemgetter
 from typing import Any
@@ -77,41 +77,58 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
 
 
 class Edits:
-    """Watches a group of an optimizer for options that were edited there, as schedulers and users do between steps."""
+    """Watches the groups of an optimizer for options that were edited there, as schedulers and users do between steps.
 
-    def __init__(self, group: dict[str, Any]) -> None:
-        self._built = _built(group)
-        self._checked: tuple[object, ...] = ()
+    Args:
+        groups: as they should be.
+    """
 
-    def check(self, owner: str, group: dict[str, Any], first: dict[str, Any], index: int) -> None:
-        """Check what is new.
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._built = list(map(_built, groups))
+        self._checked: list[tuple[object, ...] | None] = [None] * len(groups)
 
-        Args:
-            owner: for messages.
-            group: the group, number `index`.
-            first: the first group, with the values that all share.
-            index: of the group.
+    @property
+    def trial(self) -> Any:
+        """The one that the state was made for."""
+        return self._built[0][_BUILT.index("trial")]
+
+    def check(self, owner: str, groups: Sequence[dict[str, Any]]) -> None:
+        """Check what is new; values that are the same objects as at the last check are not looked at again.
 
         Raises:
-            ValueError: an option out of range, or one that cannot be changed here.
+            ValueError: an option out of range, or one that cannot be changed here; another number of groups.
         """
-        check_lr(owner, group["lr"])
-        now = (*_editable(group), *_built(group), first["trial_every"])
-        if len(now) == len(self._checked) and all(map(is_, now, self._checked)):
-            return
-        for key, built, value in zip(_BUILT, self._built, _built(group), strict=True):
+        if len(groups) != len(self._built):
+            raise ValueError(
+                f"{owner}: param_groups has {len(groups)} groups, and the optimizer was told of {len(self._built)}; "
+                "add groups by add_param_group(), and leave them in."
+            )
+        for index, group in enumerate(groups):
+            check_lr(owner, group["lr"])
+            known, now = self._checked[index], _watched(group, groups[0])
+            if known is None or not all(map(is_, now, known)):
+                self._check_group(owner, groups, index)
+                self._checked[index] = _watched(group, groups[0])
+
+    def _check_group(self, owner: str, groups: Sequence[dict[str, Any]], index: int) -> None:
+        group = groups[index]
+        for key, built, value in zip(_BUILT, self._built[index], _built(group), strict=True):
             if value != built:
                 out = f"set optimizer.trial = {value!r}" if key == "trial" else "build a new optimizer to change it"
                 raise ValueError(f"{owner}: group {index} was built with {key}={built!r} and now has {value!r}; {out}.")
         check_options(owner, group)
-        check_shared(owner, group, first, index)
+        check_shared(owner, group, groups[0], index)
         check_solver(group["solver"], owner)
         _check_eps(owner, group, index)
         group["betas"] = tuple(group["betas"])  # a list could be edited unseen
-        self._checked = (*_editable(group), *_built(group), first["trial_every"])
 
 
 _built, _editable = itemgetter(*_BUILT), itemgetter(*_EDITABLE)
+
+
+def _watched(group: dict[str, Any], first: dict[str, Any]) -> tuple[object, ...]:
+    """What a check depends on, the learning rate apart; the trial is among what must not differ from its group's own."""
+    return *_built(group), *_editable(group), first["trial_every"]
 
 
 def _check_eps(owner: str, group: dict[str, Any], index: int) -> None:

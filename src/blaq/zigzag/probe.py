@@ -175,7 +175,7 @@ class ZigZag:
         t = self._steps
         probed, kept = t % self.every == 0, (t + 1) % self.every == 0
         if self._start:
-            # In the place of w_t, which is no longer needed: fresh memory of this size takes longer than the subtraction.
+            # In the place of w_t, which is no longer needed.
             pairs = zip(self._layers, self._start, strict=True)
             updates = [torch.sub(layer.latent, start, out=start) for layer, start in pairs]
             if probed or self._measured < 0:
