@@ -105,7 +105,7 @@ def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Ten
     return scale
 
 
-def looks(scale_RS: Tensor, grid: Grid, aside: float) -> Tensor:
+def looks(scale_RS: Tensor, grid: Grid, aside: float | Tensor) -> Tensor:
     """Where `follow` looks: the inverse of the last scales, and of those beside them, ``1 + aside`` times as large, (R, LS).
 
     The more levels, the less an alternation moves from where it is; ternary grids need no second look, a closed form none.

@@ -103,6 +103,16 @@ def test_compiled_equals_uncompiled(settings: dict[str, Any]) -> None:
     assert_close(plain, fast, rtol=2e-4)
 
 
+@pytest.mark.parametrize("grid", ["ternary2", "linear4", "midrise2"])
+def test_where_to_look_is_compiled_for_many_rows(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = trained(4, grid=grid, granularity=4, compile=True)
+    monkeypatch.setattr(passes, "_FEW", 3)
+    many = trained(4, grid=grid, granularity=4, compile=True)
+    assert not compiled._Compiler.broken
+    assert any("with_grid" in str(function) for function, _ in compiled._Compiler.codes)
+    assert_close(few, many, rtol=2e-4)
+
+
 @pytest.mark.parametrize(
     ("grid", "granularity", "trial"), [("ternary", 64, "none"), ("linear4", "tensor", "fresh")], ids=str
 )

@@ -135,9 +135,10 @@ def run(
     rows, columns = tensors[0].shape
     if how.follows and not columns:
         return scale
-    at = looks(scale.to(tensors[0].dtype), how.grid, aside)
+    scale_like = scale.to(tensors[0].dtype)
     if codes is None or not compiled.usable() or not columns:
-        return _in_blocks(function, tensors, at, rates, how)
+        return _in_blocks(function, tensors, looks(scale_like, how.grid, aside), rates, how)
+    at = _looks(scale_like, how.grid, aside, codes)
     piece = _piece(columns)
     count = columns // piece if piece else 1
     pieces = tuple(t.view(rows * count, -1) for t in tensors)
@@ -189,7 +190,20 @@ def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], rates: 
             function(*(t[rows, some] for t in tensors), *rates)
 
 
-@functools.lru_cache(maxsize=4)
+def _looks(scale: Tensor, grid: Grid, aside: float, codes: compiled.Codes) -> Tensor:
+    """Where to look, from the last scales: of many rows compiled too, else it takes a fifth of the time of the pass."""
+    if len(scale) <= _FEW or grid.has_closed_form:
+        return looks(scale, grid, aside)
+    at: Tensor = compiled.call(
+        _with_grid(looks, grid),
+        (scale.contiguous(), _numbers((aside,), scale.dtype, scale.device)),
+        lambda: looks(scale, grid, aside),
+        known=codes,
+    )
+    return at
+
+
+@functools.lru_cache(maxsize=8)
 def _numbers(given: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers of a step, which many passes of it share."""
     return torch.tensor(given, dtype=dtype, device=device)
@@ -233,6 +247,14 @@ def _mark(*tensors: Tensor) -> None:
 
 # Chunks, since a flag an entry takes memory.
 _LOOPS = Loops(_add_into_bins, _mark, chunk=2**20, intervals=(2, 8, 16), fill=True)
+
+
+@functools.cache
+def _with_grid(function: Callable[..., Any], grid: Grid) -> Callable[..., Any]:
+    def with_grid(scale: Tensor, number: Tensor) -> Any:
+        return function(scale, grid, number)
+
+    return compiled.own_code(with_grid)
 
 
 @functools.cache
