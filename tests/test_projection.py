@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blaq
+from blaq import bins
 from blaq import exact as exact_solver
 from blaq.grids import GRIDS
 from blaq.optim import reference
@@ -221,11 +222,17 @@ def test_exact_is_not_above_a_dense_search_on_a_long_row(name: str, n: int, kind
         assert reached <= least_error(grid, b, w, d) + 1e-11 * energy(w, d)
 
 
-@pytest.mark.parametrize("name", ["linear3", "linear8", "log3", "log8", "midrise2", "midrise8"])
-def test_the_search_for_long_rows_equals_the_sort_for_short_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("longest", [False, True], ids=["long", "longest"])  # which have more bins
+@pytest.mark.parametrize("name", ["ternary", "linear3", "linear8", "log3", "log8", "midrise2", "midrise8"])
+def test_the_search_for_long_rows_equals_the_sort_for_short_ones(
+    name: str, longest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = blaq.Grid.parse(name)
-    for seed in range(4):
+    if longest:
+        monkeypatch.setattr(bins, "_LONG", 64)
+    for seed, power in enumerate([1, 1, 3, 15]):  # of heavy tails most is in the lowest bin
         w, d = random_weights(3000, seed=seed)
+        w = w**power
         by_sorting = blaq.project(w, d, grid)
         with monkeypatch.context() as few_breakpoints:
             few_breakpoints.setattr(exact_solver, "_DIRECT", 64)

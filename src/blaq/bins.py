@@ -15,8 +15,12 @@ from torch import Tensor
 from blaq.grids import Grid
 
 _SMALL = 2.0**-100  # magnitudes below go to float64: float32 has few digits left for them
-DIGITS = 10  # binary digits of the mantissa that tell bins apart
-_OCTAVES = 48  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
+_DIGITS, _MORE_DIGITS = (
+    10,
+    12,
+)  # binary digits of the mantissa that tell bins apart: the more, the fewer entries are picked
+_LONG = 2**24  # entries from which more bins, which take longer to look through, pay back
+_OCTAVES = 32  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
 _WORD = 8  # flags that are looked at together
 _ROOM = 2**16  # entries picked that there is room for at first
 
@@ -24,10 +28,11 @@ _ROOM = 2**16  # entries picked that there is room for at first
 class Loops(NamedTuple):
     """The loops over all entries of a row: as they are, or compiled."""
 
-    add: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    add: Callable[["Row", Tensor, int], Tensor]
+    """`added` of `add_into_bins` over a row."""
     mark: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     chunk: int
-    """Entries that they are called with at once."""
+    """Entries that are marked at once."""
     intervals: tuple[int, ...]
     """How many are marked by comparison, up to the last; more are looked up."""
     fill: bool
@@ -53,19 +58,21 @@ class Bounds(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One long row: weights, curvature, and the dtype in which magnitudes are told apart."""
+    """One long row: weights, curvature, and the dtype and the digits in which magnitudes are told apart."""
 
     w: Tensor
     d: Tensor
     dtype: torch.dtype
+    digits: int
     loops: Loops
 
     @staticmethod
     def of(w_N: Tensor, d_N: Tensor, largest: Tensor, loops: Loops) -> "Row":
         """A row whose magnitudes go up to `largest`; very small ones are told apart in float64, as they are."""
+        digits = _DIGITS if len(w_N) < _LONG else _MORE_DIGITS
         if largest >= _SMALL or w_N.dtype == torch.float64:
-            return Row(w_N, d_N, w_N.dtype, loops)
-        return Row(w_N, d_N, torch.float64, PLAIN)
+            return Row(w_N, d_N, w_N.dtype, digits, loops)
+        return Row(w_N, d_N, torch.float64, digits, PLAIN)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights and curvature, some entries at a time."""
@@ -87,31 +94,39 @@ def thresholds(grid: Grid) -> Tensor:
 # --- bins of magnitude ----------------------------------------------------------------------------------------------------
 
 
-def add_into_bins(w_N: Tensor, d_N: Tensor, first: Tensor, others: Tensor, d_B: Tensor, du_B: Tensor) -> None:
-    """Add d and d u of every entry to its bin, in place; the bins of entries that are not negative start at `others`."""
-    index = ((_bits(w_N.abs()) - first).clamp(min=0) + (w_N >= 0) * others).long()
+def add_into_bins(digits: int, w_N: Tensor, d_N: Tensor, starts: Tensor, d_B: Tensor, du_B: Tensor) -> None:
+    """Add d and d u of every entry to its bin, in place.
+
+    ``starts``: the number of the first bin; where either sign has bins of its own, also where those of entries that are not
+    negative start.
+    """
+    index = (_bits(w_N.abs(), digits) - starts[0]).clamp(min=0)
+    if len(starts) > 1:
+        index = index + (w_N >= 0) * starts[1]
     wide = d_N.double()
-    d_B.scatter_add_(0, index, wide)
-    du_B.scatter_add_(0, index, wide * w_N.abs().double())
+    d_B.scatter_add_(0, index.long(), wide)
+    du_B.scatter_add_(0, index.long(), wide * w_N.abs().double())
+
+
+def added(row: Row, starts: Tensor, size: int) -> Tensor:
+    """What `add_into_bins` adds up of a row, in bins of both kinds: float64 (2, size)."""
+    bins = torch.zeros(2, size, dtype=torch.float64, device=row.w.device)
+    for w, d in row.chunks():
+        add_into_bins(row.digits, w, d, starts, *bins)
+    return bins
 
 
 def sums_in_bins(row: Row, grid: Grid, largest: Tensor) -> tuple[Tensor, Tensor, int]:
     """Sums of d and of d u in every bin, float64 (S, B), and the number of the first bin.
 
     A bin holds the floats that share exponent and first digits of the mantissa: neighbours in bins are neighbours in
-    magnitude, and a bin is a 2^-10th of its magnitude wide; but the lowest goes down to 0.
+    magnitude, and a bin is a 2^-10th or 2^-12th of its magnitude wide; but the lowest goes down to 0.
     """
-    top = int(_bits(largest.to(row.dtype)))
-    first = max(top - (_OCTAVES << DIGITS), 0)
+    top = int(_bits(largest.to(row.dtype), row.digits))
+    first = max(top - (_OCTAVES << row.digits), 0)
     size = top - first + 1
-    bins = [torch.zeros(grid.scales * size, dtype=torch.float64, device=row.w.device) for _ in range(2)]
-    starts = [
-        torch.tensor(start, dtype=_integers(row.dtype)[0], device=row.w.device)
-        for start in (first, size if grid.two_scales else 0)
-    ]
-    for w, d in row.chunks():
-        row.loops.add(w, d, *starts, *bins)
-    d_SB, du_SB = (t.view(grid.scales, size) for t in bins)
+    starts = torch.tensor([first, size][: grid.scales], dtype=_integers(row.dtype)[0], device=row.w.device)
+    d_SB, du_SB = row.loops.add(row, starts, grid.scales * size).view(2, grid.scales, size)
     return d_SB, du_SB, first
 
 
@@ -127,12 +142,12 @@ def mark(w_N: Tensor, limits_I2: Tensor, takes_2: Tensor, flags_N: Tensor) -> No
 
 
 # Their wide copies stay in cache.
-PLAIN = Loops(add_into_bins, mark, chunk=2**16, intervals=(2,), fill=False)
+PLAIN = Loops(added, mark, chunk=2**16, intervals=(2,), fill=False)
 
 
-def _bits(u: Tensor) -> Tensor:
-    kind, digits = _integers(u.dtype)
-    return u.view(kind) >> (digits - DIGITS)
+def _bits(u: Tensor, digits: int) -> Tensor:
+    kind, all_digits = _integers(u.dtype)
+    return u.view(kind) >> (all_digits - digits)
 
 
 def _integers(dtype: torch.dtype) -> tuple[torch.dtype, int]:
@@ -143,24 +158,26 @@ def _integers(dtype: torch.dtype) -> tuple[torch.dtype, int]:
 class Bins:
     """One side of a row in bins of magnitude: its sums at any alpha, up to the entries that share a bin with a threshold."""
 
-    def __init__(self, d_B: Tensor, du_B: Tensor, first: int, dtype: torch.dtype, grid: Grid) -> None:
+    def __init__(self, d_B: Tensor, du_B: Tensor, first: int, row: Row, grid: Grid) -> None:
         self.levels, self.mids = magnitudes(grid).to(d_B.device), thresholds(grid).to(d_B.device)
-        self.first, self.dtype = first, dtype
-        self.lowest = (d_B > 0).nonzero()[0]
+        self.first, self.dtype, self.digits = first, row.dtype, row.digits
+        # Zeros, which share the lowest bin with what is very small, never step outward.
+        occupied = (du_B if self.dtype == torch.float32 else d_B) > 0  # products of float32 do not vanish in float64
+        self.lowest = occupied.nonzero()[0]
         zero = d_B.new_zeros(1)
         # Sums over a bin and all above it; none above the last.
         self.d_above, self.du_above = (torch.cat([s.flip(0).cumsum(0).flip(0), zero]) for s in (d_B, du_B))
 
     def floats(self, bins: Tensor) -> Tensor:
         """The lower end of bins, float64; that of the lowest is 0."""
-        kind, digits = _integers(self.dtype)
-        low = ((bins + self.first).clamp(min=0).to(kind) << (digits - DIGITS)).view(self.dtype).double()
+        kind, all_digits = _integers(self.dtype)
+        low = ((bins + self.first).clamp(min=0).to(kind) << (all_digits - self.digits)).view(self.dtype).double()
         return torch.where(bins <= 0, 0.0, low)
 
     def around(self, alpha_C: Tensor) -> Tensor:
         """(C, K): the bin that the threshold of every step lies in; the number of bins above all."""
         threshold_CK = (alpha_C.unsqueeze(1) * self.mids).clamp(max=torch.finfo(self.dtype).max)
-        return (_bits(threshold_CK.to(self.dtype)) - self.first).clamp(0, len(self.d_above) - 1).long()
+        return (_bits(threshold_CK.to(self.dtype), self.digits) - self.first).clamp(0, len(self.d_above) - 1).long()
 
     def bounds(self, alpha_C: Tensor) -> Bounds:
         """S1, S2 and V with the entries in the bin of a threshold inside it, and outside."""
@@ -245,7 +262,7 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
         if places is not None:
             row.loops.mark(w, limits_I2, takes, flags)
         else:
-            index = (_bits(w.abs()) - bins.first).clamp(min=0)
+            index = (_bits(w.abs(), row.digits) - bins.first).clamp(min=0)
             flags.copy_(unsettled_B.index_select(0, index) * torch.where(w < 0, takes[0], takes[1]))
         at = _where(flags)
         found.append(w[at].abs(), d[at])

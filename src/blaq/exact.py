@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blaq.bins import DIGITS, PLAIN, Bins, Bounds, Cells, Loops, Near, Row, magnitudes, sums_in_bins, thresholds
+from blaq.bins import PLAIN, Bins, Bounds, Cells, Loops, Near, Row, magnitudes, sums_in_bins, thresholds
 from blaq.grids import Grid
 from blaq.solvers import add_up, blocks, nearest, sides
 
@@ -26,7 +26,7 @@ _ROUNDING = 1e-9  # relative error of sums over a row, with room: no cell is dro
 _LONG = 2**16  # breakpoints of a row above which the range of alpha is cut before they are sorted
 _DIRECT = 2**16  # breakpoints of a long row that are sorted at once
 _ROWS = 2**17  # breakpoints of short rows that are
-_CELLS, _PARTS = 1024, 8  # cuts of the range of alpha, the first and the later ones
+_CELLS, _PARTS = 512, 32  # cuts of the range of alpha, the first and the later ones
 _BLOCK = 2**16  # entries whose levels are looked at together
 
 
@@ -73,7 +73,7 @@ def _long(w_N: Tensor, d_N: Tensor, grid: Grid, loops: Loops) -> Tensor:
     row = Row.of(w_N, d_N, largest, loops)
     d_SB, du_SB, first = sums_in_bins(row, grid, largest)
     found = [
-        _long_side(row, side if grid.two_scales else None, top.double(), Bins(d, du, first, row.dtype, grid), grid)
+        _long_side(row, side if grid.two_scales else None, top.double(), Bins(d, du, first, row, grid), grid)
         for side, (top, d, du) in enumerate(zip(tops, d_SB, du_SB, strict=True))
     ]
     return torch.cat(found)
@@ -90,7 +90,7 @@ def _long_side(row: Row, side: int | None, largest: Tensor, bins: Bins, grid: Gr
         return largest.new_zeros(1)
     cells = _first_cells(_smallest(row, side, bins), largest, grid)
     # Bins cannot tell the entries inside them apart: cut until the cells are as narrow.
-    cells = _prune(bins.bounds, cells, finest=2.0 ** -(DIGITS + 1), few=lambda cells: not len(cells.highs))
+    cells = _prune(bins.bounds, cells, finest=2.0 ** -(row.digits + 1), few=lambda cells: not len(cells.highs))
     near = Near(bins, row, side, cells)
 
     def few(cells: Cells) -> bool:

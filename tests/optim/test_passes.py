@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import blaq
 from blaq.bins import PLAIN
 from blaq.exact import exact
-from blaq.optim import batches, compiled, passes
+from blaq.optim import batches, compiled, loops, passes
 
 
 @pytest.fixture(autouse=True)
@@ -145,17 +146,69 @@ def test_the_exact_solver_is_the_same_with_compiled_loops(grid: str, intervals: 
 
     def mark(w: Tensor, limits: Tensor, *rest: Tensor) -> None:
         marked.add(len(limits))
-        passes._LOOPS.mark(w, limits, *rest)
+        loops.COMPILED.mark(w, limits, *rest)
 
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(1, 100_003, generator=generator)
     d = torch.rand(1, 100_003, generator=generator) + 0.01
     for chunk in (2**20, 2**14):
-        loops = passes._LOOPS._replace(mark=mark, chunk=chunk)
-        found, expected = (exact(w, d, blaq.Grid.parse(grid), of) for of in (loops, PLAIN))
+        ours = loops.COMPILED._replace(mark=mark, chunk=chunk)
+        found, expected = (exact(w, d, blaq.Grid.parse(grid), of) for of in (ours, PLAIN))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
     assert marked == {intervals}
     assert not compiled._Compiler.broken
+
+
+@pytest.mark.parametrize("grid", ["ternary2", "linear4"])
+def test_threads_add_up_the_same_as_none(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every thread a part of a row; the first time, which compiles, in the same order."""
+    forget(monkeypatch)
+    threads = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count: int) -> None:
+            threads.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(loops, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(loops, "_PART", 2**14)
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1, 100_003, generator=generator)
+    d = torch.rand(1, 100_003, generator=generator) + 0.01
+    torch.set_num_threads(3)
+    try:
+        first, second = (exact(w, d, blaq.Grid.parse(grid), loops.COMPILED) for _ in range(2))
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [3]
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, exact(w, d, blaq.Grid.parse(grid)), rtol=1e-12, atol=0)
+    assert not compiled._Compiler.broken
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("trial", ["none", "fresh"])
+def test_a_step_that_is_broken_off_while_it_solves_leaves_values_of_the_grid(
+    trial: str, compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric is kept where the parameter is, which is written anew once there is a scale."""
+    p = nn.Parameter(torch.randn(300, 300, generator=torch.Generator().manual_seed(0)))  # a matrix of its own
+    opt = blaq.BLAQ([{"params": [p], "grid": "linear3", "solver": "exact"}], trial=trial, compile=compile)
+    p.grad = torch.ones_like(p)
+    if trial == "fresh":
+        opt.forward_step()
+        p.grad = torch.ones_like(p)
+
+    def interrupted(w: Tensor, found: Tensor, *_: Any, **__: Any) -> Tensor:
+        assert found.data_ptr() == p.data_ptr()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes, "solve", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        (opt.backtrack_step if trial == "fresh" else opt.step)()
+    assert len(torch.unique(p)) <= 7
+    opt.codes(p)  # which refuses what is not on the grid
 
 
 def test_without_a_compiler_steps_run_uncompiled_with_one_line_in_the_log(

@@ -117,6 +117,12 @@ class _Code(NamedTuple):
 class Codes(dict[Callable[..., Any], _Code]):
     """Code by function."""
 
+    @staticmethod
+    def of(function: Callable[..., Any], tensors: Sequence[Tensor]) -> "Codes":
+        """The code for such tensors, if there is any yet: to call it from other threads, which torch tells other settings."""
+        code = _Compiler.codes.get((function, _setting(tensors)))
+        return Codes() if code is None else Codes({function: code})
+
 
 class _Compiler:
     """What is compiled so far."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from blaq.bins import PLAIN, Loops, add_into_bins, mark
+from blaq.bins import PLAIN
 from blaq.grids import Grid
-from blaq.optim import compiled, update
+from blaq.optim import compiled, loops, update
 from blaq.optim.update import Rates
 from blaq.projection import dequantize, nearest_levels, solve_scale, write_values
 from blaq.solvers import blocks, follow, join_to_follow, looks, sums_to_follow
@@ -22,8 +22,6 @@ from blaq.solvers import blocks, follow, join_to_follow, looks, sums_to_follow
 _BLOCK = 2**16  # entries that an uncompiled pass goes over at once
 _LONGEST, _SHORTEST = 4096, 64  # a piece of a row in a compiled pass: sums need no care yet, and a loop pays
 _FEW = 2**12  # pieces up to which what is told once a piece is kept
-# One addition after the other: faster than atomic ones on few threads, and the same in every run.
-_IN_ORDER = (("cpp.threads", 1),)
 
 
 class How(NamedTuple):
@@ -103,7 +101,7 @@ def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
     if how.follows:
         return found
     d = None if how.curvature == "unit" else found
-    return solve_scale(w, d, how.grid, "exact", loops=_LOOPS if fast and compiled.usable() else PLAIN)
+    return solve_scale(w, d, how.grid, "exact", loops=loops.COMPILED if fast and compiled.usable() else PLAIN)
 
 
 def _found(w: Tensor, d: Tensor, looks: Tensor, how: How) -> Found:
@@ -128,16 +126,17 @@ def run(
     aside: float,
     how: How,
     codes: compiled.Codes | None,
+    room: Callable[[], Tensor],
 ) -> Tensor:
     """A pass over matrices in rows, with `codes` compiled, where it can be: from their last scales (R, S) to the next, where
-    it follows; else the metric d.
+    it follows; else the metric d, which is written to where there is `room` for it.
     """
     rows, columns = tensors[0].shape
     if how.follows and not columns:
         return scale
     scale_like = scale.to(tensors[0].dtype)
     if codes is None or not compiled.usable() or not columns:
-        return _in_blocks(function, tensors, looks(scale_like, how.grid, aside), rates, how)
+        return _in_blocks(function, tensors, looks(scale_like, how.grid, aside), rates, how, room)
     at = _looks(scale_like, how.grid, aside, codes)
     piece = _piece(columns)
     count = columns // piece if piece else 1
@@ -147,24 +146,33 @@ def run(
     numbers = _numbers(given, at.dtype, at.device)
     every = rows * count
     ones = _ones(every, at.dtype, at.device) if every <= _FEW else numbers.new_ones(every, 1)
-    found: Tensor = compiled.call(
+    metric = None if how.follows else room()
+    found: Tensor | None = compiled.call(
         _with_numbers(function, how, len(rates), tuple(number is None for number in rates[0]), piece is None),
-        (*pieces, at_pieces, scale, ones, numbers),
-        lambda: _in_blocks(function, tensors, at, rates, how),
+        (*pieces, *(() if metric is None else (metric.view(every, -1),)), at_pieces, scale, ones, numbers),
+        lambda: _in_blocks(function, tensors, at, rates, how, room),
         known=codes,
     )
-    return found if how.follows else found.view(rows, columns)
+    if found is None:
+        assert metric is not None
+        return metric
+    return found
 
 
 def _in_blocks(
-    function: Callable[..., Found], tensors: tuple[Tensor, ...], at: Tensor, rates: tuple[Rates, ...], how: How
+    function: Callable[..., Found],
+    tensors: tuple[Tensor, ...],
+    at: Tensor,
+    rates: tuple[Rates, ...],
+    how: How,
+    room: Callable[[], Tensor],
 ) -> Tensor:
     """A pass as it is, some entries at a time: what it makes for a moment stays small, and in cache."""
     like = tensors[0]
     if like.numel() <= _BLOCK:
         found = function(*tensors, at, *rates, how)
         return found if isinstance(found, Tensor) else _scale(tuple(t.unsqueeze(1) for t in found), how)
-    result = like.new_empty(len(at), how.grid.scales, dtype=torch.float32) if how.follows else torch.empty_like(like)
+    result = like.new_empty(len(at), how.grid.scales, dtype=torch.float32) if how.follows else room()
     for rows, columns in blocks(like.shape, _BLOCK):
         pieces: tuple[Tensor, ...] = ()
         for i, some in enumerate(columns):
@@ -237,18 +245,6 @@ def run_write(p: Tensor, w: Tensor, scale: Tensor, how: How, codes: compiled.Cod
         write_values(p, w, scale, how.grid)
 
 
-def _add_into_bins(*tensors: Tensor) -> None:
-    compiled.call(add_into_bins, tensors, lambda: add_into_bins(*tensors), _IN_ORDER)
-
-
-def _mark(*tensors: Tensor) -> None:
-    compiled.call(mark, tensors, lambda: mark(*tensors))
-
-
-# Chunks, since a flag an entry takes memory.
-_LOOPS = Loops(_add_into_bins, _mark, chunk=2**20, intervals=(2, 8, 16), fill=True)
-
-
 @functools.cache
 def _with_grid(function: Callable[..., Any], grid: Grid) -> Callable[..., Any]:
     def with_grid(scale: Tensor, number: Tensor) -> Any:
@@ -276,13 +272,16 @@ def _with_numbers(
 
     def with_numbers(*arguments: Tensor) -> Any:
         *tensors, at, scale, ones, numbers = arguments
+        metric = None if how.follows else tensors.pop()
         # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
         # not join, and computes every entry twice, or stores it between.
         values = iter(numbers.unbind() if whole else [number * ones for number in numbers.unbind()])
         rates = [Rates(*[None if missing else next(values) for missing in absent]) for _ in range(steps)]  # type: ignore[arg-type]
         found = function(*tensors, at, *rates, how)
         if isinstance(found, Tensor):
-            return found
+            assert metric is not None
+            metric.copy_(found)
+            return None
         return _scale(tuple(t.view(len(scale), -1, how.grid.scales) for t in found), how)
 
     return compiled.own_code(with_numbers)

@@ -37,7 +37,13 @@ def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
     if how is None:
         passes.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates)
     else:
-        scale = _solved(batch, passes.backtrack if len(gradients) > 1 else passes.laq, w, tensors, rates, batch.t, how)
+        try:
+            scale = _solved(
+                batch, passes.backtrack if len(gradients) > 1 else passes.laq, w, tensors, rates, batch.t, how
+            )
+        except BaseException:
+            _write_values(batch, w, batch.scales(), how)  # a parameter may hold the metric
+            raise
         batch.put_scales(scale)
         _write_values(batch, w, scale, how)
     batch.put(latent=w, exp_avg=m, exp_avg_sq=v)
@@ -86,7 +92,13 @@ def _solved(
 ) -> Tensor:
     """Make a pass, and find the scale of w, which it has written."""
     codes = batch.codes
-    found = passes.run(function, tensors, batch.scales(), rates, look_aside(t), how, codes)
+
+    def room() -> Tensor:
+        """For the metric: where the parameter is, which is about to be written anew, unless w is there already."""
+        free = batch.room(w.dtype)
+        return torch.empty_like(w) if free.data_ptr() == w.data_ptr() else free
+
+    found = passes.run(function, tensors, batch.scales(), rates, look_aside(t), how, codes, room)
     return passes.solve(w, found, how, fast=codes is not None)
 
 
