@@ -63,6 +63,7 @@ CASES = [
         for trial in ("none", "delayed", "past", "fresh")
     ),
     *(Case("none", "exact", compiled, grid) for grid in ("linear4", "ternary2") for compiled in (True, False)),
+    *(Case("fresh", "exact", compiled, "linear4") for compiled in (True, False)),
     *(Case(trial, "alternating", compiled, many=True) for compiled in (True, False) for trial in ("none", "fresh")),
 ]
 

@@ -15,10 +15,8 @@ from torch import Tensor
 from blaq.grids import Grid
 
 _SMALL = 2.0**-100  # magnitudes below go to float64: float32 has few digits left for them
-_DIGITS, _MORE_DIGITS = (
-    10,
-    12,
-)  # binary digits of the mantissa that tell bins apart: the more, the fewer entries are picked
+# Binary digits of the mantissa that tell bins apart: the more, the fewer entries are picked.
+_DIGITS, _MORE_DIGITS = 10, 12
 _LONG = 2**24  # entries from which more bins, which take longer to look through, pay back
 _OCTAVES = 32  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
 _WORD = 8  # flags that are looked at together
@@ -161,8 +159,10 @@ class Bins:
     def __init__(self, d_B: Tensor, du_B: Tensor, first: int, row: Row, grid: Grid) -> None:
         self.levels, self.mids = magnitudes(grid).to(d_B.device), thresholds(grid).to(d_B.device)
         self.first, self.dtype, self.digits = first, row.dtype, row.digits
-        # Zeros, which share the lowest bin with what is very small, never step outward.
-        occupied = (du_B if self.dtype == torch.float32 else d_B) > 0  # products of float32 do not vanish in float64
+        occupied = d_B > 0
+        if self.dtype == torch.float32 and bool((du_B[1:] > 0).any()):
+            # Zeros, which share the lowest bin with what is very small, never step outward. No product of float32 vanishes.
+            occupied[0] = du_B[0] > 0
         self.lowest = occupied.nonzero()[0]
         zero = d_B.new_zeros(1)
         # Sums over a bin and all above it; none above the last.

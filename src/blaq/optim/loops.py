@@ -27,15 +27,17 @@ def _with_digits(digits: int) -> Callable[..., Any]:
 
 
 def _add_into_bins(row: Row, starts: Tensor, size: int) -> Tensor:
-    """On the threads of torch: each adds up a part of the row, in bins of its own."""
-    function, count = _with_digits(row.digits), max(min(torch.get_num_threads(), len(row.w) // _PART), 1)
+    """On the threads of torch, on a CPU: each adds up a part of the row, in bins of its own."""
+    on_cpu = row.w.device.type == "cpu"
+    function, options = _with_digits(row.digits), _IN_ORDER if on_cpu else ()
+    count = max(min(torch.get_num_threads(), len(row.w) // _PART), 1) if on_cpu else 1
     pieces = zip(*(torch.split(t, len(row.w) // count) for t in (row.w, row.d)), strict=True)
     parts = [row._replace(w=w, d=d, loops=PLAIN) for w, d in pieces]
     bins = torch.zeros(count, 2, size, dtype=torch.float64, device=row.w.device)
 
     def add(part: Row, of: Tensor, codes: compiled.Codes | None = None) -> None:
         arguments = (part.w, part.d, starts, *of)
-        compiled.call(function, arguments, lambda: of.copy_(added(part, starts, size)), _IN_ORDER, codes)
+        compiled.call(function, arguments, lambda: of.copy_(added(part, starts, size)), options, codes)
 
     # The first time compiles, which is no work for threads; the sums are the same.
     codes = compiled.Codes.of(function, (parts[0].w, parts[0].d, starts, *bins[0]))
