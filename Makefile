@@ -19,7 +19,8 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/step.py --weights 1048576 4194304 99999744 --out docs/results
+	$(BIN)/python benchmarks/step.py --out docs/results
+	$(BIN)/python benchmarks/step.py --weights 1048576 4194304 99999744 --foreach --out docs/results/step-large
 	$(BIN)/python benchmarks/step_figure.py
 	$(BIN)/python benchmarks/memory.py --out docs/results
 	$(BIN)/python benchmarks/data.py --out docs/results
