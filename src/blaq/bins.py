@@ -101,9 +101,9 @@ def add_into_bins(digits: int, w_N: Tensor, d_N: Tensor, starts: Tensor, d_B: Te
     index = (_bits(w_N.abs(), digits) - starts[0]).clamp(min=0)
     if len(starts) > 1:
         index = index + (w_N >= 0) * starts[1]
-    wide = d_N.double()
-    d_B.scatter_add_(0, index.long(), wide)
-    du_B.scatter_add_(0, index.long(), wide * w_N.abs().double())
+    index, wide = index.long(), d_N.double()
+    d_B.scatter_add_(0, index, wide)
+    du_B.scatter_add_(0, index, wide * w_N.abs().double())
 
 
 def added(row: Row, starts: Tensor, size: int) -> Tensor:
