@@ -5,7 +5,7 @@ Here: groups, state, what the parameters hold, checkpoints. The steps are in `bl
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from blaq.optim import checkpoint, compiled, held, update
-from blaq.optim.batches import Batch, Kept
+from blaq.optim.batches import Batch, Entry, Kept
 from blaq.optim.observer import StepObserver
 from blaq.optim.options import (
     COUNTERS,
@@ -30,6 +30,15 @@ from blaq.optim.options import (
     parameter_name,
 )
 from blaq.optim.update import Group
+
+
+class _Written(NamedTuple):
+    """A parameter as we wrote it, and the latent weight that its scale was solved for: versions tell writes from outside."""
+
+    p: Tensor
+    version: int
+    solved: Tensor | None = None
+    solved_version: int = 0
 
 
 class LatentOptimizer(Optimizer):
@@ -64,8 +73,8 @@ class LatentOptimizer(Optimizer):
     def _reset_transient(self) -> None:
         """What can be found again after loading: never in a checkpoint."""
         self._kept = Kept()
-        self._versions: dict[Tensor, int] = {}  # of the parameters as we wrote them: tells a write from outside
-        self._solved: dict[Tensor, tuple[Tensor, int]] = {}  # latent weights that have their scale, and their version
+        self._written: dict[int, _Written] = {}  # by the id of a parameter; tensors hash in Python, and slowly
+        self._weights: int | None = None  # how many are quantized
         self._edits = Edits(self.__dict__.get("param_groups", ()))
 
     def _check_idle(self, what: str) -> None:
@@ -198,7 +207,7 @@ class LatentOptimizer(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
-        self._edits = Edits(self.param_groups)
+        self._edits, self._weights = Edits(self.param_groups), None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on; see torch. Plain tensors and values: loads with ``weights_only=True``."""
@@ -224,7 +233,7 @@ class LatentOptimizer(Optimizer):
 
         def repair(_: Optimizer) -> None:
             checkpoint.repair_dtypes(loaded, self.param_groups, self.state)
-            self._versions.clear()
+            self._written.clear()
             evaluating = self.param_groups[0]["evaluating"]
             if self.trial != "past" or evaluating:
                 for group, p, state in self._parameters():
@@ -263,10 +272,8 @@ class LatentOptimizer(Optimizer):
             for p in group["params"]:
                 yield group, p, self.state[p]
 
-    def _with_gradients(self) -> Iterator[tuple[Group, Tensor, Tensor, held.State]]:
-        for group, p, state in self._parameters():
-            if p.grad is not None:
-                yield group, p, p.grad, state
+    def _with_gradients(self) -> list[Entry]:
+        return [(group, p, p.grad, state) for group, p, state in self._parameters() if p.grad is not None]
 
     @torch.no_grad()
     def _initialize(self, groups: list[Group]) -> None:
@@ -279,31 +286,36 @@ class LatentOptimizer(Optimizer):
 
     def _hold_latent(self, p: Tensor, state: held.State, group: Group) -> None:
         held.hold(p, state, group)
-        self._versions[p] = p._version
+        self._written[id(p)] = _Written(p, p._version)
 
     def _hold(self, p: Tensor, values: Tensor) -> None:
         p.copy_(values)
-        self._versions[p] = p._version
+        self._written[id(p)] = _Written(p, p._version)
 
     def _has_written(self, batch: Batch) -> None:
+        quantized = batch.group["grid"] is not None
         for p, state in zip(batch.parameters, batch.states, strict=True):
-            self._versions[p] = p._version
-            if batch.group["grid"] is not None:
-                self._solved[p] = state["latent"], state["latent"]._version
+            solved = (state["latent"], state["latent"]._version) if quantized else ()
+            self._written[id(p)] = _Written(p, p._version, *solved)
 
     def _proof(self, p: Tensor, state: held.State) -> Tensor | None:
         """What is finite if and only if the latent weight is: its scale, which all of it went into; else itself."""
         latent: Tensor | None = state.get("latent")
-        known, version = self._solved.get(p, (None, 0))
-        return state["scale"] if latent is not None and known is latent and latent._version == version else latent
+        if latent is None:
+            return None
+        written = self._written.get(id(p))
+        known = written is not None and written.solved is latent and written.solved_version == latent._version
+        return state["scale"] if known else latent
 
     @property
     def compiles(self) -> bool:
         """Whether the passes over the weights are compiled, where there is a compiler."""
         if self.compile is not None:
             return self.compile
-        weights = sum(p.numel() for group in self.param_groups if group["grid"] is not None for p in group["params"])
-        return int(weights) >= compiled.COMPILED_FROM
+        if self._weights is None:
+            quantized = (group["params"] for group in self.param_groups if group["grid"] is not None)
+            self._weights = sum(p.numel() for parameters in quantized for p in parameters)
+        return self._weights >= compiled.COMPILED_FROM
 
     def _scale_held(self, p: Tensor) -> Tensor:
         """The scale of what p holds now."""
@@ -314,18 +326,21 @@ class LatentOptimizer(Optimizer):
         """Whether p holds what the optimizer wrote. At a trial point of "past" that can be told by the grid only: the
         point cannot be computed again, the learning rate may have changed. Without a grid it cannot be told there.
         """
-        if self._versions.get(p) == p._version or group["grid"] is None:
-            return self._versions.get(p, p._version) == p._version
+        written = self._written.get(id(p))
+        if group["grid"] is None or (written is not None and written.version == p._version):
+            return written is None or written.version == p._version
         weight = p if self.trial == "past" else state["latent"]
         return torch.equal(held.held_values(weight, state["scale"], group).to(p.dtype), p)
 
     def _check_untouched(self) -> None:
         """Find weights written from outside since our last write: training would silently throw them away."""
-        for group, p, state in self._parameters():
-            if group["grid"] is not None:
-                if not self._is_ours(group, p, state):
-                    raise ValueError(self._changed_outside(p))
-                self._versions[p] = p._version
+        for group in self.param_groups:
+            for p in group["params"] if group["grid"] is not None else ():
+                written = self._written.get(id(p))
+                if written is None or written.version != p._version:
+                    if not self._is_ours(group, p, self.state[p]):
+                        raise ValueError(self._changed_outside(p))
+                    self._written[id(p)] = _Written(p, p._version)
 
     def _changed_outside(self, p: Tensor) -> str:
         return (

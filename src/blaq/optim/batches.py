@@ -7,8 +7,9 @@ Batches are kept from step to step, and with them their views of the state and t
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, islice
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from torch import Tensor
 from blaq.grids import Grid
 from blaq.optim.compiled import Codes, surroundings
 from blaq.optim.held import State
-from blaq.optim.passes import How
+from blaq.optim.passes import How, Shape
 from blaq.optim.update import Group
 
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
 BATCH_UP_TO = 2**18  # weights of parameters together: what is copied stays in cache, in memory that is used again
+
+_ONE = torch.tensor(1.0)
 
 Entry = tuple[Group, Tensor, Tensor, State]
 """A parameter with its group, its gradient and its state."""
@@ -32,23 +35,32 @@ class _Rows:
     Args:
         tensors: each of the shape of its parameter.
         likes: how the entries of each parameter lie in memory: densely, and row by row.
-        shape: of the matrix.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], likes: Sequence[Tensor], shape: tuple[int, int]) -> None:
-        self._tensors, self._likes, self._shape = tensors, likes, shape
+    def __init__(self, tensors: Sequence[Tensor], likes: Sequence[Tensor]) -> None:
+        self._tensors, self._likes = tensors, likes
         alike = all(t.stride() == like.stride() for t, like in zip(tensors, likes, strict=True))
         self._flat = [_flat(t.detach(), like) for t, like in zip(tensors, likes, strict=True)] if alike else None
-        self.view = self._flat[0].view(shape) if self._flat is not None and len(self._flat) == 1 else None
+        self._views: dict[Shape, Tensor] = {}
 
-    def take(self) -> Tensor:
+    def view(self, shape: Shape) -> Tensor | None:
+        """The matrix in their own memory, where there is one."""
+        if self._flat is None or len(self._flat) > 1:
+            return None
+        view = self._views.get(shape)
+        if view is None:
+            view = self._views[shape] = self._flat[0].view(shape)
+        return view
+
+    def take(self, shape: Shape) -> Tensor:
         """The matrix."""
-        if self.view is not None:
-            return self.view
-        return _matrix(self._flat or map(_flat, self._tensors, self._likes), self._shape)
+        view = self.view(shape)
+        return _matrix(self._flat or self._tensors, self._likes, shape) if view is None else view
 
     def put(self, matrix: Tensor) -> None:
         """Write a matrix back to where `take` had it from."""
+        if self._flat is not None and matrix.data_ptr() == self._flat[0].data_ptr():
+            return  # it has been changed in place
         if self._flat is None:
             starts = accumulate((like.numel() for like in self._likes), initial=0)
             places = zip(self._likes, starts, strict=False)
@@ -56,19 +68,26 @@ class _Rows:
                 list(self._tensors), [matrix.as_strided(of.shape, of.stride(), at) for of, at in places]
             )
         else:
-            torch._foreach_copy_(self._flat, torch.split(matrix.view(-1), [t.numel() for t in self._flat]))
+            sizes = [t.numel() for t in self._flat]
+            torch._foreach_copy_(self._flat, torch.split_with_sizes(matrix.view(-1), sizes))
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     """The entries in the order in which those of `like` lie in memory: a view, if its own lie so."""
-    if tensor.stride() != like.stride():
-        tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
+    tensor = _laid_out(tensor, like)
+    return tensor if tensor.ndim == 1 else tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _matrix(flat: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
-    pieces = list(flat)
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(shape)
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def _matrix(tensors: Sequence[Tensor], likes: Sequence[Tensor], shape: Shape) -> Tensor:
+    """Tensors, or their entries in order, as one matrix: of a single one a view, if its entries lie so."""
+    if len(tensors) == 1:
+        tensor = tensors[0] if tensors[0].ndim == 1 else _laid_out(tensors[0], likes[0])
+        return tensor.as_strided(shape, (shape[1], 1))
+    return torch.cat([t if t.ndim == 1 else _flat(t, like) for t, like in zip(tensors, likes, strict=True)]).view(shape)
 
 
 @dataclass(eq=False)
@@ -99,31 +118,32 @@ class Batch:
         """What the passes of a step are compiled for; None without a grid. The first step with a gradient is solved exactly."""
         if self.group["grid"] is None:
             return None
-        grid = Grid.parse(self.group["grid"])
-        follows = grid.has_closed_form or (self.group["solver"] == "alternating" and t > 1)
-        return How(grid, follows, self.group["curvature"], wide=self.group["solver"] == "exact")
+        return _how(self.group["grid"], self.group["solver"], self.group["curvature"], t > 1)
 
     @property
     def codes(self) -> Codes | None:
         """The compiled code of its passes; None where they run as they are, as in a first step unlike the later ones."""
-        how = self.how(self.t)
+        how = self.how(self.t) if self.t == 1 else None
         once = how is not None and not how.follows and self.group["solver"] == "alternating"
         return self._codes if self.fast and not once else None
 
-    def take(self, *keys: str) -> list[Tensor]:
+    def take(self, shape: Shape, *keys: str) -> list[Tensor]:
         """Entries of all states as one matrix each, also "parameter"; a parameter without latent weights is its own."""
-        return [self._rows_of(key).take() for key in keys]
+        return [self._rows_of(key).take(shape) for key in keys]
 
-    def take_gradients(self, gradients: Sequence[Tensor]) -> Tensor:
+    def take_gradients(self, gradients: Sequence[Tensor], shape: Shape) -> Tensor:
         """Gradients as one matrix."""
-        return _matrix(map(_flat, gradients, self._likes), self._shape)
+        return _matrix(gradients, self._likes, shape)
 
     def put(self, **matrices: Tensor) -> None:
         """Write matrices back to where `take` had them from."""
         for key, matrix in matrices.items():
-            rows = self._rows_of(key)
-            if matrix is not rows.view:  # which has been changed in place
-                rows.put(matrix)
+            self._rows_of(key).put(matrix)
+
+    def in_rows(self, key: str, matrix: Tensor) -> Tensor:
+        """A matrix of another shape in rows: where it is the memory of an entry, the view that is kept of that."""
+        view = self._rows_of(key).view(self.shape)
+        return matrix.view(self.shape) if view is None or view.data_ptr() != matrix.data_ptr() else view
 
     def scales(self) -> Tensor:
         """The scales that the projection starts from, (rows of all, S)."""
@@ -141,17 +161,17 @@ class Batch:
         """An entry of all states."""
         return [state[key] for state in self.states]
 
-    def room(self, dtype: torch.dtype) -> Tensor:
+    def room(self, dtype: torch.dtype, shape: Shape) -> Tensor:
         """Where to write what the parameters shall hold: the memory of a single one itself, if it can be read as the matrix."""
-        view = self._rows_of("parameter").view
-        return self._likes[0].new_empty(self._shape, dtype=dtype) if view is None or view.dtype != dtype else view
+        view = self._rows_of("parameter").view(shape)
+        return self._likes[0].new_empty(shape, dtype=dtype) if view is None or view.dtype != dtype else view
 
     def _rows_of(self, key: str) -> _Rows:
         rows = self._kept.get(key)
         if rows is None:
             pairs = zip(self.states, self.parameters, strict=True)
             tensors = [p if key == "parameter" else state.get(key, p) for state, p in pairs]
-            rows = self._kept[key] = _Rows(tensors, self._likes, self._shape)
+            rows = self._kept[key] = _Rows(tensors, self._likes)
         return rows
 
     @cached_property
@@ -159,9 +179,17 @@ class Batch:
         return self.state("exp_avg")
 
     @cached_property
-    def _shape(self) -> tuple[int, int]:
+    def shape(self) -> Shape:
+        """Of the matrix in rows."""
         rows = self.rows * (len(self.parameters) if self.group["grid"] is not None else 1)
         return rows, sum(like.numel() for like in self._likes) // max(rows, 1)
+
+
+@cache
+def _how(grid: str, solver: str, curvature: str, started: bool) -> How:
+    parsed = Grid.parse(grid)
+    follows = parsed.has_closed_form or (solver == "alternating" and started)
+    return How(parsed, follows, curvature, wide=solver == "exact")
 
 
 class Kept:
@@ -172,21 +200,32 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self._key: object = None
+        self._held: list[object] = []  # groups, parameters, and tensors of their states
+        self._layout: list[object] = []
         self._counters: list[Tensor] = []  # steps, aligned with the versions that we know the numbers of
         self._versions: list[int] = []
         self._batches: list[Batch] = []
 
-    def of(self, entries: Iterable[Entry], fast: bool) -> list[Batch]:
+    def of(self, entries: Sequence[Entry], fast: bool) -> list[Batch]:
         """The batches of parameters with gradients, about to take their next step; `fast`: compile what is taken often."""
-        entries = list(entries)
-        key = fast, surroundings(), list(map(_identity, entries))
-        if key == self._key and self._versions == [counter._version for counter in self._counters]:
+        # All that parameters are sorted by, and that views are of; but for the numbers of steps.
+        held: list[object] = []
+        layout: list[object] = [fast, *surroundings()]
+        for group, p, grad, state in entries:
+            tensors = state.values()
+            held += group, p, *tensors
+            layout += p.data_ptr(), p.dtype, p.stride(), grad.dtype, *map(Tensor.data_ptr, tensors)
+        if (
+            layout == self._layout
+            and len(held) == len(self._held)
+            and all(map(is_, held, self._held))
+            and self._versions == [counter._version for counter in self._counters]
+        ):
             gradients = {id(p): grad for _, p, grad, _ in entries}
             for batch in self._batches:
                 batch.gradients = [gradients[id(p)] for p in batch.parameters]
         else:
-            self._key, self._batches = key, batches(entries, fast)
+            self._held, self._layout, self._batches = held, layout, batches(entries, fast)
             self._counters = [state[name] for *_, state in entries for name in ("step", "trial_step") if name in state]
             self._versions = [counter._version for counter in self._counters]
         return self._batches
@@ -201,21 +240,15 @@ class Kept:
         self.release()
         states = [state for batch in self._batches for state in batch.states]
         if states:
-            torch._foreach_add_([state["step"] for state in states], 1)
+            steps = [state["step"] for state in states]
+            # On a CPU torch would make a tensor of the number, for each of them.
+            torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1)
         for batch in self._batches:
             for state in batch.states if remember else ():
                 state["trial_step"].fill_(batch.t)
             batch.remembers = remember
             batch.t += 1
         self._versions = [counter._version for counter in self._counters]
-
-
-def _identity(entry: Entry) -> tuple[object, ...]:
-    """All that parameters are sorted by, and that views are of; but for the numbers of steps."""
-    group, p, grad, state = entry
-    tensors = state.values()
-    own = id(group), id(p), p.data_ptr(), p.dtype, p.stride(), grad.dtype
-    return own, *map(id, tensors), *map(Tensor.data_ptr, tensors)
 
 
 def batches(entries: Iterable[Entry], fast: bool) -> list[Batch]:

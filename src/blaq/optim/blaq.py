@@ -13,7 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from blaq.optim import steps
 from blaq.optim.base import LatentOptimizer
-from blaq.optim.finite import Entry, all_usable, refuse_sparse
+from blaq.optim.batches import Entry
+from blaq.optim.finite import Brought, all_usable, refuse_sparse
 from blaq.optim.options import REMEMBERING
 from blaq.optim.trial import Snapshot
 
@@ -179,35 +180,37 @@ class BLAQ(LatentOptimizer):
             if closure is not None:
                 with self.evaluation():
                     loss = closure()
-            if self._gradients_usable(scaler, self):
+            entries = self._with_gradients()
+            if self._gradients_usable(entries, scaler, self):
                 if two and closure is not None:
-                    self._second_gradient(closure, scaler)
+                    self._second_gradient(entries, closure, scaler)
                 else:
-                    self._one_gradient()
+                    self._one_gradient(entries)
         except BaseException:
             self.abandon_step()
             raise
         self._before = None
         return loss
 
-    def _second_gradient(self, closure: Closure, scaler: GradScaler | None) -> None:
-        self._forward()
+    def _second_gradient(self, first: list[Entry], closure: Closure, scaler: GradScaler | None) -> None:
+        self._forward(first)
         with self.evaluation():
             closure()
         self._second_view.param_groups = self.param_groups
-        if self._gradients_usable(scaler, self._second_view):
-            self._backtrack()
+        entries = self._with_gradients()
+        if self._gradients_usable(entries, scaler, self._second_view):
+            self._backtrack(entries)
         elif self._pending is not None:  # an overflow skips the step; buffers as after any single evaluation
             after_first = self._pending.after_first
             self.abandon_step()
             after_first.restore()
 
-    def _one_gradient(self) -> None:
+    def _one_gradient(self, entries: list[Entry]) -> None:
         """A step of LAQ, of "past", or of "delayed"."""
         self._check_untouched()
         self._tell_observers(None)
         trial = self.trial
-        for batch in self._kept.of(self._with_gradients(), self.compiles):
+        for batch in self._kept.of(entries, self.compiles):
             steps.one_gradient(batch, trial)
             self._has_written(batch)
         self._kept.count(remember=trial in REMEMBERING)
@@ -292,19 +295,20 @@ class BLAQ(LatentOptimizer):
         elif pending is not None:
             pending.after_first.restore()
 
-    def _run_half(self, half: Callable[[], None]) -> None:
+    def _run_half(self, half: Callable[[list[Entry]], None]) -> None:
         try:
             self._edits.check(self._owner, self.param_groups)
-            self._gradients_usable(None, self)
-            half()
+            entries = self._with_gradients()
+            self._gradients_usable(entries, None, self)
+            half(entries)
         except BaseException:
             self.abandon_step()
             raise
 
-    def _forward(self) -> None:
+    def _forward(self, entries: list[Entry]) -> None:
         self._check_untouched()
         pending = self._pending = _Pending({}, {}, {}, Snapshot.take(self.module, self._devices()))
-        for batch in self._kept.of(self._with_gradients(), self.compiles):
+        for batch in self._kept.of(entries, self.compiles):
             pending.gradients.update(zip(batch.parameters, map(_kept, batch.gradients), strict=True))
             if batch.group["grid"] is None:
                 pending.floats.update((p, p.clone()) for p in batch.parameters)
@@ -316,10 +320,10 @@ class BLAQ(LatentOptimizer):
             p.grad = None  # it is kept; what comes next is the gradient at the trial point
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
-    def _backtrack(self) -> None:
+    def _backtrack(self, entries: list[Entry]) -> None:
         pending = self._pending
         assert pending is not None
-        second = {p for _, p, _, _ in self._with_gradients()}
+        second = {p for _, p, _, _ in entries}
         if second != set(pending.gradients):
             names = ", ".join(f"'{self._name(p)}'" for p in second ^ set(pending.gradients))
             raise ValueError(f"{self._owner}: only one of the two evaluations gave a gradient to {names}; both must.")
@@ -328,7 +332,7 @@ class BLAQ(LatentOptimizer):
         self._tell_observers(pending.gradients)
         self._pending = self._before = None
         pending.after_first.restore()
-        for batch in self._kept.of(self._with_gradients(), self.compiles):
+        for batch in self._kept.of(entries, self.compiles):
             first = [pending.gradients[p] for p in batch.parameters]
             steps.advance(batch, first, batch.gradients)
             self._has_written(batch)
@@ -352,9 +356,9 @@ class BLAQ(LatentOptimizer):
         for observer in self.observers:
             observer.before_update(first)
 
-    def _gradients_usable(self, scaler: GradScaler | None, view: Any) -> bool:
+    def _gradients_usable(self, given: list[Entry], scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
-        entries = [Entry(p, grad, self._proof(p, state)) for _, p, grad, state in self._with_gradients()]
+        entries = [Brought(p, grad, self._proof(p, state)) for _, p, grad, state in given]
         refuse_sparse(self._owner, entries, self._name)
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler.step() sets it around its call
         if scaler is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 _LARGE = 2**14  # entries from which a call for a tensor of its own pays back
 
 
-@dataclass(slots=True)
-class Entry:
+class Brought(NamedTuple):
     """What a parameter brings into a step: itself, its gradient, and its latent weight where it has one, or what is finite
     if that is.
     """
@@ -21,14 +20,14 @@ class Entry:
     latent: Tensor | None
 
 
-def refuse_sparse(owner: str, entries: list[Entry], name: Callable[[Tensor], str]) -> None:
+def refuse_sparse(owner: str, entries: list[Brought], name: Callable[[Tensor], str]) -> None:
     """Refuse sparse gradients, by name."""
     for entry in entries:
         if entry.grad.is_sparse:
             raise ValueError(f"{owner}: '{name(entry.p)}' has a sparse gradient; use sparse=False in its layer.")
 
 
-def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], *, scaled: bool) -> bool:
+def all_usable(owner: str, entries: list[Brought], name: Callable[[Tensor], str], *, scaled: bool) -> bool:
     """Whether a step may be made of them.
 
     Args:
@@ -41,10 +40,10 @@ def all_usable(owner: str, entries: list[Entry], name: Callable[[Tensor], str], 
     Raises:
         ValueError: a gradient or latent weight that is NaN, Inf or too large to square, by name.
     """
+    if _all_small([t for entry in entries for t in entry[1:] if t is not None]):
+        return True
     gradients = [(entry.p, entry.grad) for entry in entries]
     latents = [(entry.p, entry.latent) for entry in entries if entry.latent is not None]
-    if _all_small([t for _, t in gradients + latents]):
-        return True
     bad, latent = ([p for p, t in of if not _all_small([t])] for of in (gradients, latents))
     if bad and scaled and not all(entry.grad.isfinite().all() for entry in entries):
         return False
@@ -68,10 +67,20 @@ def _all_small(tensors: list[Tensor]) -> bool:
 
 def _all_small_alike(tensors: list[Tensor], dtype: torch.dtype) -> bool:
     wide = torch.promote_types(dtype, torch.float32)
-    large = [t for t in tensors if t.numel() > _LARGE and dtype == wide and t.is_contiguous()]
-    small = [t for t in tensors if t.numel() <= _LARGE or dtype != wide or not t.is_contiguous()]
-    squares = [torch.dot(t.view(-1), t.view(-1)) for t in large]  # on several threads
-    lengths = torch._foreach_norm(small, 2, wide if dtype != wide else None) if small else ()
-    found = torch.stack([*squares, *(torch._foreach_mul(lengths, lengths) if small else ())])
+    few, flat, others = [], [], []
+    for t in tensors:
+        if t.numel() <= _LARGE:
+            few.append(t if t.ndim == 1 else t.reshape(-1))
+        elif dtype == wide and t.is_contiguous():
+            flat.append(t.view(-1))
+        else:
+            others.append(t)
+    if few:  # many as one
+        joined = torch.cat(few) if len(few) > 1 else few[0]
+        flat.append(joined if dtype == wide else joined.to(wide))
+    squares = [torch.dot(t, t) for t in flat]  # on several threads
+    if others:
+        squares += torch._foreach_pow(torch._foreach_norm(others, 2, wide if dtype != wide else None), 2)
     # Their sum tells in one number; should it overflow by itself, the caller looks at one tensor after the other.
-    return math.isfinite(float(found.sum()))
+    on_cpu = squares[0].device.type == "cpu"  # which has nothing to wait for
+    return math.isfinite(sum(map(float, squares)) if on_cpu else float(torch.stack(squares).sum()))

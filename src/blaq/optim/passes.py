@@ -24,6 +24,9 @@ _LONGEST, _SHORTEST = 4096, 64  # a piece of a row in a compiled pass: sums need
 _FEW = 2**12  # pieces up to which what is told once a piece is kept
 
 
+Shape = tuple[int, int]
+
+
 class How(NamedTuple):
     """What a pass is compiled for."""
 
@@ -97,9 +100,7 @@ def write_over(w: Tensor, scale: Tensor, how: How) -> None:
 
 
 def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
-    """The scale, float32 (R, S), from what a pass returned."""
-    if how.follows:
-        return found
+    """The scale, float32 (R, S), from the metric that a pass returned, where it does not follow."""
     d = None if how.curvature == "unit" else found
     return solve_scale(w, d, how.grid, "exact", loops=loops.COMPILED if fast and compiled.usable() else PLAIN)
 
@@ -128,29 +129,37 @@ def run(
     codes: compiled.Codes | None,
     room: Callable[[], Tensor],
 ) -> Tensor:
-    """A pass over matrices in rows, with `codes` compiled, where it can be: from their last scales (R, S) to the next, where
-    it follows; else the metric d, which is written to where there is `room` for it.
+    """A pass over matrices in rows, or `in_pieces`, with `codes` compiled, where it can be: from their last scales (R, S) to
+    the next, where it follows; else the metric d, which is written to where there is `room` for it.
     """
-    rows, columns = tensors[0].shape
-    if how.follows and not columns:
+    rows, like = len(scale), tensors[0]
+    every, size = len(like), like.shape[1]
+    if how.follows and not size:
         return scale
-    scale_like = scale.to(tensors[0].dtype)
-    if codes is None or not compiled.usable() or not columns:
-        return _in_blocks(function, tensors, looks(scale_like, how.grid, aside), rates, how, room)
-    at = _looks(scale_like, how.grid, aside, codes)
-    piece = _piece(columns)
-    count = columns // piece if piece else 1
-    pieces = tuple(t.view(rows * count, -1) for t in tensors)
+    scale_like = scale if scale.dtype == like.dtype else scale.to(like.dtype)
+
+    def plain(at: Tensor) -> Tensor:
+        shape = rows, size * every // max(rows, 1)
+        return _in_blocks(function, tuple(t.view(shape) for t in tensors), at, rates, how, lambda: room().view(shape))
+
+    if codes is None or not compiled.usable() or not size:
+        return plain(looks(scale_like, how.grid, aside))
+    at, count = _looks(scale_like, how.grid, aside, codes), every // rows
     at_pieces = at.repeat_interleave(count, 0) if count > 1 and at.numel() else at
-    given = tuple(number for r in rates for number in r if number is not None)
-    numbers = _numbers(given, at.dtype, at.device)
-    every = rows * count
-    ones = _ones(every, at.dtype, at.device) if every <= _FEW else numbers.new_ones(every, 1)
+    ones = _ones(every, like.dtype, like.device) if every <= _FEW else at.new_ones(every, 1)
     metric = None if how.follows else room()
+    absent = rates[0].decay is None, rates[0].clip is None
     found: Tensor | None = compiled.call(
-        _with_numbers(function, how, len(rates), tuple(number is None for number in rates[0]), piece is None),
-        (*pieces, *(() if metric is None else (metric.view(every, -1),)), at_pieces, scale, ones, numbers),
-        lambda: _in_blocks(function, tensors, at, rates, how, room),
+        _with_numbers(function, how, len(rates), absent, _piece(size * count) is None),
+        (
+            *tensors,
+            *(() if metric is None else (metric,)),
+            at_pieces,
+            scale,
+            ones,
+            _numbers(rates, like.dtype, like.device),
+        ),
+        lambda: plain(at),
         known=codes,
     )
     if found is None:
@@ -200,11 +209,13 @@ def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], rates: 
 
 def _looks(scale: Tensor, grid: Grid, aside: float, codes: compiled.Codes) -> Tensor:
     """Where to look, from the last scales: of many rows compiled too, else it takes a fifth of the time of the pass."""
-    if len(scale) <= _FEW or grid.has_closed_form:
+    if grid.has_closed_form:
+        return _nowhere(len(scale), scale.dtype, scale.device)
+    if len(scale) <= _FEW:
         return looks(scale, grid, aside)
     at: Tensor = compiled.call(
         _with_grid(looks, grid),
-        (scale.contiguous(), _numbers((aside,), scale.dtype, scale.device)),
+        (scale.contiguous(), _number(aside, scale.dtype, scale.device)),
         lambda: looks(scale, grid, aside),
         known=codes,
     )
@@ -212,14 +223,32 @@ def _looks(scale: Tensor, grid: Grid, aside: float, codes: compiled.Codes) -> Te
 
 
 @functools.lru_cache(maxsize=8)
-def _numbers(given: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _numbers(rates: tuple[Rates, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers of a step, which many passes of it share."""
+    given = [number for r in rates for number in r if number is not None]
     return torch.tensor(given, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _nowhere(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(rows, 0, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _number(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([number], dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=64)
 def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(count, 1, dtype=dtype, device=device)
+
+
+@functools.cache
+def in_pieces(shape: Shape) -> Shape:
+    """The shape in which a compiled pass goes over a matrix in rows."""
+    piece = _piece(shape[1]) if shape[1] else None
+    return shape if piece is None else (shape[0] * shape[1] // piece, piece)
 
 
 @functools.cache
@@ -263,12 +292,13 @@ def _with_how(function: Callable[..., Any], how: How) -> Callable[..., Any]:
 
 @functools.cache
 def _with_numbers(
-    function: Callable[..., Any], how: How, steps: int, absent: tuple[bool, ...], whole: bool
+    function: Callable[..., Any], how: How, steps: int, absent: tuple[bool, bool], whole: bool
 ) -> Callable[..., Any]:
-    """The pass with its numbers, those of one step or two, in one tensor, the last argument; those absent are None.
+    """The pass with its numbers, those of one step or two, in one tensor, the last argument; decay or clip may be absent.
 
     `whole`: rows are not in pieces.
     """
+    missing = *[False] * (len(Rates._fields) - len(absent)), *absent  # the last two fields
 
     def with_numbers(*arguments: Tensor) -> Any:
         *tensors, at, scale, ones, numbers = arguments
@@ -276,7 +306,7 @@ def _with_numbers(
         # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
         # not join, and computes every entry twice, or stores it between.
         values = iter(numbers.unbind() if whole else [number * ones for number in numbers.unbind()])
-        rates = [Rates(*[None if missing else next(values) for missing in absent]) for _ in range(steps)]  # type: ignore[arg-type]
+        rates = [Rates(*[None if gone else next(values) for gone in missing]) for _ in range(steps)]  # type: ignore[arg-type]
         found = function(*tensors, at, *rates, how)
         if isinstance(found, Tensor):
             assert metric is not None

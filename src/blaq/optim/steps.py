@@ -9,7 +9,7 @@ from torch import Tensor
 from blaq.optim import passes, update
 from blaq.optim.batches import Batch
 from blaq.optim.options import REMEMBERING
-from blaq.optim.passes import How
+from blaq.optim.passes import How, Shape
 from blaq.optim.update import Rates
 from blaq.solvers import look_aside
 
@@ -31,9 +31,11 @@ def one_gradient(batch: Batch, trial: str) -> None:
 
 def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
     """The step with one gradient, or back from the trial point and on with the blend of both."""
-    w, m, v = batch.take("latent", "exp_avg", "exp_avg_sq")
-    tensors = (w, m, v, *map(batch.take_gradients, gradients))
-    rates, how = (Rates.of(batch.group, batch.t),), batch.how(batch.t)
+    how = batch.how(batch.t)
+    shape = _shape(batch, how)
+    w, m, v = batch.take(shape, "latent", "exp_avg", "exp_avg_sq")
+    tensors = (w, m, v, *[batch.take_gradients(some, shape) for some in gradients])
+    rates = (Rates.of(batch.group, batch.t),)
     if how is None:
         passes.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates)
     else:
@@ -42,43 +44,52 @@ def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
                 batch, passes.backtrack if len(gradients) > 1 else passes.laq, w, tensors, rates, batch.t, how
             )
         except BaseException:
-            _write_values(batch, w, batch.scales(), how)  # a parameter may hold the metric
+            _write_values(batch, batch.in_rows("latent", w), batch.scales(), how)  # a parameter may hold the metric
             raise
         batch.put_scales(scale)
-        _write_values(batch, w, scale, how)
+        _write_values(batch, batch.in_rows("latent", w), scale, how)
     batch.put(latent=w, exp_avg=m, exp_avg_sq=v)
 
 
 def to_trial_point(batch: Batch) -> list[Tensor]:
     """Let the parameters hold the trial point; nothing of the state changes. Returns its scales, one a parameter."""
-    w, m, v = batch.take("latent", "exp_avg", "exp_avg_sq")
-    w_trial = batch.room(w.dtype)
-    tensors = (w_trial, w, m, v, batch.take_gradients(batch.gradients))
-    rates, how = (Rates.of(batch.group, batch.t),), batch.how(batch.t)
+    how = batch.how(batch.t)
+    shape = _shape(batch, how)
+    w, m, v = batch.take(shape, "latent", "exp_avg", "exp_avg_sq")
+    w_trial = batch.room(w.dtype, shape)
+    tensors = (w_trial, w, m, v, batch.take_gradients(batch.gradients, shape))
+    rates = (Rates.of(batch.group, batch.t),)
     if how is None:
         passes.run_float(passes.forward_float, tensors, rates)
         batch.put(parameter=w_trial)
         return []
     scale = _solved(batch, passes.forward, w_trial, tensors, rates, batch.t, how)
-    _write_values(batch, w_trial, scale, how)
+    _write_values(batch, batch.in_rows("parameter", w_trial), scale, how)
     return list(torch.split(scale, batch.rows))
 
 
 def _past(batch: Batch) -> None:
     """A step of "past", and on to where a step along the newest gradient would lead."""
-    w, m, v, g = batch.take("latent", "exp_avg", "exp_avg_sq", "trial_grad")
-    w_trial = batch.room(w.dtype)
-    tensors = (w_trial, w, m, v, g, batch.take_gradients(batch.gradients))
     ahead = batch.t + 1
-    rates, how = (Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead)), batch.how(ahead)
+    how = batch.how(ahead)
+    shape = _shape(batch, how)
+    w, m, v, g = batch.take(shape, "latent", "exp_avg", "exp_avg_sq", "trial_grad")
+    w_trial = batch.room(w.dtype, shape)
+    tensors = (w_trial, w, m, v, g, batch.take_gradients(batch.gradients, shape))
+    rates = Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead)
     if how is None:
         passes.run_float(passes.past_float, tensors, rates)
         batch.put(parameter=w_trial)
     else:
         scale = _solved(batch, passes.past, w_trial, tensors, rates, ahead, how)
         batch.put_scales(scale)
-        _write_values(batch, w_trial, scale, how)
+        _write_values(batch, batch.in_rows("parameter", w_trial), scale, how)
     batch.put(latent=w, exp_avg=m, exp_avg_sq=v, trial_grad=g)
+
+
+def _shape(batch: Batch, how: How | None) -> Shape:
+    """The shape in which a pass goes over a batch."""
+    return batch.shape if how is None or batch.codes is None else passes.in_pieces(batch.shape)
 
 
 def _solved(
@@ -95,14 +106,18 @@ def _solved(
 
     def room() -> Tensor:
         """For the metric: where the parameter is, which is about to be written anew, unless w is there already."""
-        free = batch.room(w.dtype)
+        free = batch.room(w.dtype, _shape(batch, how))
         return torch.empty_like(w) if free.data_ptr() == w.data_ptr() else free
 
     found = passes.run(function, tensors, batch.scales(), rates, look_aside(t), how, codes, room)
-    return passes.solve(w, found, how, fast=codes is not None)
+    return (
+        found
+        if how.follows
+        else passes.solve(w.view(batch.shape), found.view(batch.shape), how, fast=codes is not None)
+    )
 
 
 def _write_values(batch: Batch, w: Tensor, scale: Tensor, how: How) -> None:
-    p = batch.room(batch.parameters[0].dtype)
+    p = batch.room(batch.parameters[0].dtype, batch.shape)
     passes.run_write(p, w, scale, how, batch.codes)
     batch.put(parameter=p)

@@ -8,6 +8,7 @@ bit for bit. Tensors have one shape, any; ``r`` holds what the formulas need of 
     d       curvature, sqrt(v_hat) + eps        a       weight of g; 1 - a is that of g_trial
 """
 
+import functools
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,20 +41,27 @@ class Rates(NamedTuple):
     @staticmethod
     def of(group: Group, t: int) -> "Rates":
         """Those of step t, counted from 1, of the parameters of a group."""
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        correction = (1 - beta2**t) ** 0.5
-        return Rates(
-            follow1=1 - beta1,
-            beta2=beta2,
-            follow2=1 - beta2,
-            correction=correction,
-            inverse=1 / correction,
-            eps=group["eps"],
-            move=-(lr / (1 - beta1**t)),
-            a=group["a"],
-            decay=1 - lr * group["weight_decay"] if group["weight_decay"] != 0 else None,
-            clip=group["clip"] if group["grid"] is not None else None,
-        )
+        clip = group["clip"] if group["grid"] is not None else None
+        return _rates(float(group["lr"]), *group["betas"], group["eps"], group["a"], group["weight_decay"], clip, t)
+
+
+@functools.lru_cache(maxsize=16)
+def _rates(
+    lr: float, beta1: float, beta2: float, eps: float, a: float, weight_decay: float, clip: float | None, t: int
+) -> Rates:
+    correction = (1 - beta2**t) ** 0.5
+    return Rates(
+        follow1=1 - beta1,
+        beta2=beta2,
+        follow2=1 - beta2,
+        correction=correction,
+        inverse=1 / correction,
+        eps=eps,
+        move=-(lr / (1 - beta1**t)),
+        a=a,
+        decay=1 - lr * weight_decay if weight_decay != 0 else None,
+        clip=clip,
+    )
 
 
 def advance(m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
