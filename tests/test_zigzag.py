@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import blaq
 from blaq.grids import GRIDS, Grid
+from blaq.optim import compiled
 from blaq.zigzag import Measures, ZigZag, cosines, gradient_error
 from blaq.zigzag.codes import codes_held, look_fast
+from blaq.zigzag.products import move, products
 
 TRIALS = ["none", "fresh", "past", "delayed"]
 NOTHING = Measures(
@@ -765,6 +767,43 @@ def test_something_has_to_be_probed() -> None:
         gradient_error(opt, lambda: None)
 
 
+# --- lengths and angles -----------------------------------------------------------------------------------------------
+
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [
+    lambda t: t,
+    lambda t: t.contiguous(memory_format=torch.channels_last),
+    lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 7, 11), (40, 32, 5, 5)], ids=str)
+def test_products_are_those_of_float64(shape: tuple[int, ...], fast: bool) -> None:
+    """However the tensors lie in memory, and where they do not lie alike."""
+    torch.manual_seed(0)
+    codes = [compiled.Codes() if fast else None for _ in LAYOUTS]
+    for _ in range(2):  # the second time with the code that is known
+        for layouts in (LAYOUTS, [LAYOUTS[0]] * 3):
+            x, y, z = (lay(torch.randn(shape)) for lay in layouts)
+            for of, kept in zip(LAYOUTS, codes, strict=True):
+                dots = [(a.double() * b.double()).sum() for a, b in ((x, x), (x, y), (y, y))]
+                assert products(of(x), y, kept).tolist() == pytest.approx(
+                    [float(dot) for dot in dots], rel=1e-5, abs=1e-3
+                )
+                now, start = of(x), of(z).clone()
+                moved = now.double() - start.double()
+                dots = [(a * b).sum() for a, b in ((moved, moved), (moved, y.double()), (y.double(), y.double()))]
+                found = move(now, start, of(y), kept)
+                assert found.tolist() == pytest.approx([float(dot) for dot in dots], rel=1e-5, abs=1e-3)
+                assert torch.equal(start, now - of(z))
+
+
+def test_compiled_products_are_compiled() -> None:
+    codes = compiled.Codes()
+    products(torch.ones(100), torch.ones(100), codes)
+    assert len(codes) == compiled.usable()
+
+
 # --- looking at codes -------------------------------------------------------------------------------------------------
 
 
@@ -787,10 +826,13 @@ def test_a_compiled_look_sees_the_same(name: str, rows: int, counts: bool) -> No
         found = []
         for w in weights[1:]:
             q = blaq.project(w, None, grid, "channel")
-            found += [look_fast(q.values, q.scale, codes, direction, counting, grid, fast), codes.clone()]
+            found += [
+                look_fast(q.values, q.scale, codes, direction, counting, grid, compiled.Codes() if fast else None),
+                codes.clone(),
+            ]
             found += [direction.clone(), *(t.clone() for t in counting)]
         seen.append(found)
-    plain, compiled = seen
-    assert_identical(compiled, plain)
+    plain, fast_ones = seen
+    assert_identical(fast_ones, plain)
     codes_then, codes_now = plain[1], plain[1 + len(plain) // 3]
     assert int(plain[len(plain) // 3]) == int((codes_then != codes_now).sum()) > 0

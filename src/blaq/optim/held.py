@@ -50,12 +50,12 @@ def _laid_out(work: Tensor, granularity: str | int) -> Tensor:
     groups. So channels-last convolutions stay as they are.
     """
     outermost = work.ndim == 0 or work.stride(0) == work[:1].numel() or len(work) == 1 or granularity == "tensor"
-    if isinstance(granularity, int) or not outermost or not _dense(work):
+    if isinstance(granularity, int) or not outermost or not is_dense(work):
         return work.contiguous()
     return work
 
 
-def _dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the entries lie side by side, in whatever order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

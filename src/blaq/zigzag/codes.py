@@ -71,9 +71,9 @@ def look_fast(
     direction_RN: Tensor,
     counting: Sequence[Tensor],
     grid: Grid,
-    fast: bool,
+    known: compiled.Codes | None,
 ) -> Tensor:
-    """`look`, compiled where `fast` and where it can be."""
+    """`look`, with `known` compiled, where it can be."""
     function = _with_grid(grid)
     matrices = (values_RN, codes_RN, direction_RN, *counting[:1])
 
@@ -85,9 +85,11 @@ def look_fast(
                 changed += function(values, scale_RS[rows], *rest, *counting[1:])
         return changed
 
-    if not fast or not compiled.usable() or _spacing(grid) is None or not values_RN.numel():
+    if known is None or not compiled.usable() or _spacing(grid) is None or not values_RN.numel():
         return in_blocks()
-    changed: Tensor = compiled.call(function, (values_RN, scale_RS, codes_RN, direction_RN, *counting), in_blocks)
+    changed: Tensor = compiled.call(
+        function, (values_RN, scale_RS, codes_RN, direction_RN, *counting), in_blocks, known=known
+    )
     return changed
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from blaq.optim.blaq import BLAQ
 from blaq.optim.options import parameter_name
 from blaq.optim.trial import Snapshot
-from blaq.projection import widen
+from blaq.zigzag.products import Products, norms, products
 
 TOTAL = "total"  # the layer that stands for all
 
@@ -34,21 +34,19 @@ class Measures:
     trial_agreement: float | None
 
 
-def cosines(a: Sequence[Tensor], b: Sequence[Tensor], norms_a: Tensor | None = None) -> Tensor:
+def cosines(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """cos(a_i, b_i) of pairs of tensors, and last that of all entries together: float64 (pairs + 1,), NaN for a zero vector.
 
     Args:
         a: tensors of any shape.
         b: as many, of the same shapes.
-        norms_a: `norms` of a, where they are known.
 
     Example:
         >>> east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
         >>> cosines([east, east], [east, north])
         tensor([1.0000, 0.0000, 0.5000], dtype=torch.float64)
     """
-    dots = [torch.dot(widen(x).flatten(), widen(y).flatten()) for x, y in zip(a, b, strict=True)]
-    return with_total(dots) / ((norms(a) if norms_a is None else norms_a) * norms(b))
+    return Products.of([products(x, y) for x, y in zip(a, b, strict=True)]).cosines
 
 
 @torch.no_grad()
@@ -118,15 +116,3 @@ def gradient_error(opt: BLAQ, closure: Callable[[], Any]) -> dict[str, Tensor]:
             p.grad = grad
     errors = norms([a.double() - b.double() for a, b in zip(at_held, at_latent, strict=True)]) / norms(at_latent)
     return dict(zip([*quantized, TOTAL], errors.where(errors.isfinite(), torch.nan).unbind(), strict=True))
-
-
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norms of tensors, and last that of all together: float64."""
-    # Squared in float32: a vector too short for that is zero here, as in the dot products.
-    return with_total([torch.linalg.vector_norm(widen(x)).square() for x in tensors]).sqrt()
-
-
-def with_total(values: Sequence[Tensor]) -> Tensor:
-    """A vector of numbers, and last their sum: float64, on the device of the first."""
-    column = torch.stack([value.to(values[0].device) for value in values]).double()
-    return torch.cat([column, column.sum(0, keepdim=True)])

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from blaq.grids import Grid
 from blaq.optim.blaq import BLAQ
+from blaq.optim.compiled import Codes, surroundings
 from blaq.optim.options import parameter_name
 from blaq.zigzag.codes import codes_held, look_fast
-from blaq.zigzag.measures import TOTAL, Measures, cosines, gradient_error, norms, with_total
+from blaq.zigzag.measures import TOTAL, Measures, gradient_error
+from blaq.zigzag.products import Products, move, norms, products, with_total
 
 RATE = 0.01  # of the oscillation frequency's average, a step
 
@@ -34,6 +36,15 @@ class _Layer:
             self.codes = codes_held(*self._held(), grid).view(p.shape)
             self.direction = torch.zeros_like(self.codes, dtype=torch.int8)
             self.frequency = torch.zeros_like(self.codes, dtype=torch.float32)
+        self._compiled: tuple[tuple[object, ...], list[Codes]] = ((), [])
+
+    def compiled(self, *, counting: bool = False) -> Codes | None:
+        """The compiled code of passes over the layer, and of looks that count; None where the steps are not compiled."""
+        if not self.opt.compiles:
+            return None
+        if self._compiled[0] != surroundings():
+            self._compiled = surroundings(), [Codes(), Codes()]
+        return self._compiled[1][counting]
 
     @property
     def latent(self) -> Tensor:
@@ -57,7 +68,7 @@ class _Layer:
         values, scale = self._held()
         codes, direction = self.codes.view(values.shape), self.direction.view(values.shape)
         counting = [] if rates is None or self.frequency is None else [self.frequency.view(values.shape), rates]
-        return look_fast(values, scale, codes, direction, counting, self.grid, self.opt.compiles)
+        return look_fast(values, scale, codes, direction, counting, self.grid, self.compiled(counting=bool(counting)))
 
 
 class ZigZag:
@@ -161,12 +172,12 @@ class ZigZag:
         # A step with two has made its own copies.
         gradients = [layer.gradient_in(first, copy=kept and first is None) for layer in self._layers]
         if probed and self._follows:
-            cosine = cosines(gradients, self._gradients)
+            cosine = self._cosines(gradients, self._gradients)
             self._add("gradient_cosine", cosine)
             if first is None and self.opt.trial in ("past", "delayed"):
                 self._add("trial_agreement", cosine)
         if probed and first is not None:
-            self._add("trial_agreement", cosines(gradients, [layer.gradient_in(None) for layer in self._layers]))
+            self._add("trial_agreement", self._cosines(gradients, [layer.gradient_in(None) for layer in self._layers]))
         self._gradients = gradients if kept else []
 
     @torch.no_grad()
@@ -175,15 +186,18 @@ class ZigZag:
         t = self._steps
         probed, kept = t % self.every == 0, (t + 1) % self.every == 0
         if self._start:
-            # In the place of w_t, which is no longer needed.
-            pairs = zip(self._layers, self._start, strict=True)
-            updates = [torch.sub(layer.latent, start, out=start) for layer, start in pairs]
-            if probed or self._measured < 0:
-                length = norms(updates)
-                self._advance_path(t, length)
-                if probed and self._follows:
-                    cosine = cosines(updates, self._updates, length)
-                    self._add("zigzag_rate", torch.where(cosine.isnan(), cosine, (cosine < 0).double()))
+            updates = self._start  # in the place of w_t, which is no longer needed
+            if probed and self._follows:
+                three = zip(self._layers, updates, self._updates, strict=True)
+                moves = Products.of([move(layer.latent, u, last, layer.compiled()) for layer, u, last in three])
+                self._advance_path(t, moves.lengths)
+                cosine = moves.cosines
+                self._add("zigzag_rate", torch.where(cosine.isnan(), cosine, (cosine < 0).double()))
+            else:
+                for layer, u in zip(self._layers, updates, strict=True):
+                    torch.sub(layer.latent, u, out=u)
+                if probed or self._measured < 0:
+                    self._advance_path(t, norms(updates))
             self._start, self._updates = [], updates if kept else []
             self._kept = t if kept else -1
         if self.quantized and (probed or kept):
@@ -191,6 +205,10 @@ class ZigZag:
         if probed:
             self._last_probe = t
             self._probes += 1
+
+    def _cosines(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        three = zip(self._layers, a, b, strict=True)
+        return Products.of([products(x, y, layer.compiled()) for layer, x, y in three]).cosines
 
     def _advance_path(self, t: int, length: Tensor) -> None:
         between = t - self._measured - 1 if self._measured >= 0 else 0
