@@ -143,6 +143,16 @@ def mark(w_N: Tensor, limits_I2: Tensor, takes_2: Tensor, flags_N: Tensor) -> No
 PLAIN = Loops(added, mark, chunk=2**16, intervals=(2,), fill=False)
 
 
+def largest_first(u_RM: Tensor) -> Tensor:
+    """The order of the magnitudes of every row, the largest first, (R, M); of one row, (M,).
+
+    Their bits are in the order of the floats, and torch sorts a long row of integers in a tenth of the time of floats, if
+    upward.
+    """
+    downward = u_RM.view(_integers(u_RM.dtype)[0]).bitwise_not()
+    return downward.squeeze(0).argsort(-1).view_as(downward)
+
+
 def _bits(u: Tensor, digits: int) -> Tensor:
     kind, all_digits = _integers(u.dtype)
     return u.view(kind) >> (all_digits - digits)
@@ -158,6 +168,10 @@ class Bins:
 
     def __init__(self, d_B: Tensor, du_B: Tensor, first: int, row: Row, grid: Grid) -> None:
         self.levels, self.mids = magnitudes(grid).to(d_B.device), thresholds(grid).to(d_B.device)
+        self.rises, self.rises2 = (
+            self.levels.diff(),
+            self.levels.square().diff(),
+        )  # of b and of b^2, step by step outward
         self.first, self.dtype, self.digits = first, row.dtype, row.digits
         occupied = d_B > 0
         if self.dtype == torch.float32 and bool((du_B[1:] > 0).any()):
@@ -167,6 +181,7 @@ class Bins:
         zero = d_B.new_zeros(1)
         # Sums over a bin and all above it; none above the last.
         self.d_above, self.du_above = (torch.cat([s.flip(0).cumsum(0).flip(0), zero]) for s in (d_B, du_B))
+        self.s1_base, self.s2_base = self.levels[0] * self.du_above[0], self.levels[0] ** 2 * self.d_above[0]
 
     def floats(self, bins: Tensor) -> Tensor:
         """The lower end of bins, float64; that of the lowest is 0."""
@@ -183,19 +198,18 @@ class Bins:
         """S1, S2 and V with the entries in the bin of a threshold inside it, and outside."""
         inside = self.around(alpha_C)
         outside = (inside + 1).clamp(max=len(self.d_above) - 1)
-        s1_high, s2_high = self._sums(self.d_above[inside], self.du_above[inside])
-        s1_low, s2_low = self._sums(self.d_above[outside], self.du_above[outside])
+        s1_high, s2_high = self.sums(self.d_above[inside], self.du_above[inside])
+        s1_low, s2_low = self.sums(self.d_above[outside], self.du_above[outside])
         # An entry outside its best step costs at most what it would gain at the upper end of its bin.
         reach_CK = (self.floats(inside + 1) - alpha_C.unsqueeze(1) * self.mids).clamp(min=0)
         weight_CK = self.d_above[inside] - self.d_above[outside]
-        missed = torch.where(weight_CK > 0, weight_CK * reach_CK, 0.0) * self.levels.diff()
+        missed = torch.where(weight_CK > 0, weight_CK * reach_CK, 0.0) * self.rises
         v = (2 * s1_low - alpha_C * s2_low) * alpha_C + 2 * alpha_C * missed.sum(1)
         return Bounds(s1_low, s2_low, s1_high, s2_high, v)
 
-    def _sums(self, d_CK: Tensor, du_CK: Tensor) -> tuple[Tensor, Tensor]:
-        s1 = self.levels[0] * self.du_above[0] + (du_CK * self.levels.diff()).sum(1)
-        s2 = self.levels[0] ** 2 * self.d_above[0] + (d_CK * self.levels.square().diff()).sum(1)
-        return s1, s2
+    def sums(self, d_CK: Tensor, du_CK: Tensor) -> tuple[Tensor, Tensor]:
+        """S1 and S2, (C,), from the sums of d and d u over the entries that have made each step."""
+        return self.s1_base + (du_CK * self.rises).sum(1), self.s2_base + (d_CK * self.rises2).sum(1)
 
     def unsettled(self, cells: Cells) -> Tensor:
         """Which bins hold entries that take a step inside the cells: bool (B,)."""
@@ -232,13 +246,10 @@ class Near:
 
     def sums(self, alpha_C: Tensor, taken_CK: Tensor) -> tuple[Tensor, Tensor]:
         """S1 and S2, (C,)."""
-        levels = self.bins.levels
         above = (self.bins.around(alpha_C) + 1).clamp(max=len(self.d_rest) - 1)
         # A threshold's own bin is settled only if nobody is in it.
         d_CK, du_CK = self.d_sum[taken_CK] + self.d_rest[above], self.du_sum[taken_CK] + self.du_rest[above]
-        s1 = levels[0] * self.bins.du_above[0] + (du_CK * levels.diff()).sum(1)
-        s2 = levels[0] ** 2 * self.bins.d_above[0] + (d_CK * levels.square().diff()).sum(1)
-        return s1, s2
+        return self.bins.sums(d_CK, du_CK)
 
     def bounds(self, alpha_C: Tensor) -> Bounds:
         """S1, S2 and V: exact, so that their bounds coincide."""
@@ -266,9 +277,8 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
             flags.copy_(unsettled_B.index_select(0, index) * torch.where(w < 0, takes[0], takes[1]))
         at = _where(flags)
         found.append(w[at].abs(), d[at])
-    u, order = found.all[0].sort(descending=True)
-    d = found.all[1][order]
-    del found, order
+    order = largest_first(found.all[0])
+    u, d = found.all[:, order]
     return u.double().neg_(), d
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blaq.bins import PLAIN, Bins, Bounds, Cells, Loops, Near, Row, magnitudes, sums_in_bins, thresholds
+from blaq.bins import PLAIN, Bins, Bounds, Cells, Loops, Near, Row, largest_first, magnitudes, sums_in_bins, thresholds
 from blaq.grids import Grid
 from blaq.solvers import add_up, blocks, nearest, sides
 
@@ -50,8 +50,7 @@ def exact(w_RN: Tensor, d_RN: Tensor, grid: Grid, loops: Loops = PLAIN) -> Tenso
 def _direct(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
     """Sort every breakpoint of every row: alpha, (R, 1). O(NK log NK) for a row."""
     levels, mids = magnitudes(grid).to(u_RN.device), thresholds(grid).to(u_RN.device)
-    # The bits of floats that are not negative are in their order, and integers are sorted faster.
-    order = (u_RN.unsqueeze(2) / mids).flatten(1).view(torch.int64).argsort(dim=1, descending=True)
+    order = largest_first((u_RN.unsqueeze(2) / mids).flatten(1))
     gain1 = ((d_RN * u_RN).unsqueeze(2) * levels.diff()).flatten(1).gather(1, order)
     gain2 = (d_RN.unsqueeze(2) * levels.square().diff()).flatten(1).gather(1, order)
     base1, base2 = levels[0] * (d_RN * u_RN).sum(1, keepdim=True), levels[0] ** 2 * d_RN.sum(1, keepdim=True)
@@ -132,12 +131,10 @@ def _prune(bounds: Callable[[Tensor], Bounds], cells: Cells, finest: float, few:
     """Drop cells that cannot hold the optimum and cut the rest, until few candidates are left or cells are narrow."""
     highs, lows, best = cells
     while True:
-        at_high, at_low = (
-            Bounds(*of) for of in zip(*(t.chunk(2) for t in bounds(torch.cat([highs, lows]))), strict=True)
-        )
-        for at in (at_high, at_low):
-            for s1, s2 in ((at.s1_low, at.s2_low), (at.s1_high, at.s2_high)):
-                best = max(best, float(_value(s1, s2).max()))
+        at = bounds(torch.cat([highs, lows]))
+        reached = _value(torch.cat([at.s1_low, at.s1_high]), torch.cat([at.s2_low, at.s2_high]))
+        best = max(best, float(reached.max()))
+        at_high, at_low = (Bounds(*of) for of in zip(*(t.chunk(2) for t in at), strict=True))
         # Candidates that part equal entries lie between the two ends of the tie, whose values are the cell's edges.
         keep = _cell_bound(highs, lows, at_high, at_low) >= best * (1 - _ROUNDING)
         highs, lows = highs[keep], lows[keep]
@@ -167,17 +164,17 @@ def _cell_bound(highs: Tensor, lows: Tensor, at_high: Bounds, at_low: Bounds) ->
 
 def _best_between(near: Near, high: Tensor, low: Tensor) -> tuple[float, Tensor]:
     """The best value of all candidates in a cell, its edges included, and its alpha."""
-    levels, mids = near.bins.levels, near.bins.mids
+    mids = near.bins.mids
     first, last = near.taken(high.view(1)), near.taken(low.view(1))
     steps = [torch.arange(int(a), int(b), device=mids.device) for a, b in zip(first[0], last[0], strict=True)]
     index = torch.cat(steps)
     step = torch.repeat_interleave(torch.arange(len(steps), device=mids.device), (last - first)[0])
-    by_alpha = (near.minus_u_M[index] / mids[step]).argsort()
+    by_alpha = largest_first(-near.minus_u_M[index] / mids[step])
     index, step = index[by_alpha], step[by_alpha]
     s1, s2 = near.sums(high.view(1), first)
     d, u = near.d_M[index].double(), -near.minus_u_M[index]
-    s1 = torch.cat([s1, s1 + (d * u * levels.diff()[step]).cumsum(0)])
-    s2 = torch.cat([s2, s2 + (d * levels.square().diff()[step]).cumsum(0)])
+    s1 = torch.cat([s1, s1 + (d * u * near.bins.rises[step]).cumsum(0)])
+    s2 = torch.cat([s2, s2 + (d * near.bins.rises2[step]).cumsum(0)])
     values = _value(s1, s2)
     at = _first_best(values)
     return float(values[at]), _ratio(s1, s2, at)
