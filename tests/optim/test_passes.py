@@ -285,3 +285,28 @@ def test_a_gradient_in_shared_memory_is_copied() -> None:
         bucket.copy_(kept)
         ends.append(opt.latent(p).clone())
     assert torch.equal(*ends)
+
+
+GRADIENTS = {
+    "one place in memory": torch.tensor([0.5]).expand(6),
+    "every second place": torch.linspace(-1, 1, 12)[::2],
+}
+
+
+@pytest.mark.parametrize("grid", ["ternary", None])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+def test_vectors_whose_gradients_lie_otherwise(gradient: Tensor, count: int, grid: str | None) -> None:
+    """A vector has one stride, and that need not be 1."""
+    found = []
+    for grad in (gradient, gradient.clone(memory_format=torch.contiguous_format)):
+        given = [torch.nn.Parameter(torch.linspace(-0.5, 1, 6)) for _ in range(count)]
+        quantized = torch.nn.Parameter(torch.ones(2, 2))  # so that there is one
+        opt = blaq.LAQ([{"params": given, "grid": grid}, {"params": [quantized], "grid": "binary"}])
+        for _ in range(2):
+            for p in given:
+                p.grad = grad
+            opt.step()
+        found.append([p.detach() for p in given])
+    assert all(map(torch.equal, *found))
+    assert not torch.equal(found[0][0], torch.linspace(-0.5, 1, 6))

@@ -23,7 +23,7 @@ from blaq.optim.update import Group
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
 BATCH_UP_TO = 2**18  # weights of parameters together: what is copied stays in cache, in memory that is used again
 
-_ONE = torch.tensor(1.0)
+_ONE = torch.tensor(1.0, device="cpu")
 
 Entry = tuple[Group, Tensor, Tensor, State]
 """A parameter with its group, its gradient and its state."""
@@ -85,7 +85,7 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 def _matrix(tensors: Sequence[Tensor], likes: Sequence[Tensor], shape: Shape) -> Tensor:
     """Tensors, or their entries in order, as one matrix: of a single one a view, if its entries lie so."""
     if len(tensors) == 1:
-        tensor = tensors[0] if tensors[0].ndim == 1 else _laid_out(tensors[0], likes[0])
+        tensor = tensors[0].contiguous() if tensors[0].ndim == 1 else _laid_out(tensors[0], likes[0])
         return tensor.as_strided(shape, (shape[1], 1))
     return torch.cat([t if t.ndim == 1 else _flat(t, like) for t, like in zip(tensors, likes, strict=True)]).view(shape)
 

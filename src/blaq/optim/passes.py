@@ -147,25 +147,15 @@ def run(
     at, count = _looks(scale_like, how.grid, aside, codes), every // rows
     at_pieces = at.repeat_interleave(count, 0) if count > 1 and at.numel() else at
     ones = _ones(every, like.dtype, like.device) if every <= _FEW else at.new_ones(every, 1)
-    metric = None if how.follows else room()
+    metric = [] if how.follows else [room()]
     absent = rates[0].decay is None, rates[0].clip is None
     found: Tensor | None = compiled.call(
         _with_numbers(function, how, len(rates), absent, _piece(size * count) is None),
-        (
-            *tensors,
-            *(() if metric is None else (metric,)),
-            at_pieces,
-            scale,
-            ones,
-            _numbers(rates, like.dtype, like.device),
-        ),
+        (*tensors, *metric, at_pieces, scale, ones, _numbers(rates, like.dtype, like.device)),
         lambda: plain(at),
         known=codes,
     )
-    if found is None:
-        assert metric is not None
-        return metric
-    return found
+    return metric[0] if found is None else found
 
 
 def _in_blocks(
