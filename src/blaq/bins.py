@@ -146,8 +146,8 @@ PLAIN = Loops(added, mark, chunk=2**16, intervals=(2,), fill=False)
 def largest_first(u_RM: Tensor) -> Tensor:
     """The order of the magnitudes of every row, the largest first, (R, M); of one row, (M,).
 
-    Their bits are in the order of the floats, and torch sorts a long row of integers in a tenth of the time of floats, if
-    upward.
+    Their bits are in the order of the floats, and torch sorts a long row of integers in a fraction of the time of floats,
+    if upward.
     """
     downward = u_RM.view(_integers(u_RM.dtype)[0]).bitwise_not()
     return downward.squeeze(0).argsort(-1).view_as(downward)
@@ -168,10 +168,8 @@ class Bins:
 
     def __init__(self, d_B: Tensor, du_B: Tensor, first: int, row: Row, grid: Grid) -> None:
         self.levels, self.mids = magnitudes(grid).to(d_B.device), thresholds(grid).to(d_B.device)
-        self.rises, self.rises2 = (
-            self.levels.diff(),
-            self.levels.square().diff(),
-        )  # of b and of b^2, step by step outward
+        # Of b and of b^2, step by step outward.
+        self.rises, self.rises2 = self.levels.diff(), self.levels.square().diff()
         self.first, self.dtype, self.digits = first, row.dtype, row.digits
         occupied = d_B > 0
         if self.dtype == torch.float32 and bool((du_B[1:] > 0).any()):

@@ -22,8 +22,7 @@ class Products(NamedTuple):
     @staticmethod
     def of(layers: Sequence[Tensor]) -> "Products":
         """From those of every layer, (3,), on the device of the first."""
-        found = with_total(layers)
-        return Products(*found.unbind(1))
+        return Products(*with_total(layers).unbind(1))
 
     @property
     def cosines(self) -> Tensor:
