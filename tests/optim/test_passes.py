@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import blaq
 from blaq.bins import PLAIN
 from blaq.exact import exact
-from blaq.optim import batches, compiled, loops, passes
+from blaq.grids import Grid
+from blaq.optim import batches, compiled, loops, running
+from blaq.solvers import looks
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +109,11 @@ def test_compiled_equals_uncompiled(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("grid", ["ternary2", "linear4", "midrise2"])
 def test_where_to_look_is_compiled_for_many_rows(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     few = trained(4, grid=grid, granularity=4, compile=True)
-    monkeypatch.setattr(passes, "_FEW", 3)
+    monkeypatch.setattr(running, "_FEW", 3)
     many = trained(4, grid=grid, granularity=4, compile=True)
     assert not compiled._Compiler.broken
-    assert any("with_grid" in str(function) for function, _ in compiled._Compiler.codes)
+    where_to_look = running._with_grid(looks, Grid.parse(grid), 1)
+    assert any(function is where_to_look for function, _ in compiled._Compiler.codes)
     assert_close(few, many, rtol=2e-4)
 
 
@@ -204,7 +207,7 @@ def test_a_step_that_is_broken_off_while_it_solves_leaves_values_of_the_grid(
         assert found.data_ptr() == p.data_ptr()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes, "solve", interrupted)
+    monkeypatch.setattr(running, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         (opt.backtrack_step if trial == "fresh" else opt.step)()
     assert len(torch.unique(p)) <= 7

@@ -5,23 +5,28 @@ that a network of many small layers does not pay for Python once a layer; a larg
 Batches are kept from step to step, and with them their views of the state and the compiled code that fits them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import accumulate, islice
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from blaq.grids import Grid
-from blaq.optim.compiled import Codes, surroundings
+from blaq.optim.compiled import Codes, surroundings, usable
 from blaq.optim.held import State
-from blaq.optim.passes import How, Shape
+from blaq.optim.passes import Found, How
+from blaq.optim.running import Pass, Shape
 from blaq.optim.update import Group
 
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
 BATCH_UP_TO = 2**18  # weights of parameters together: what is copied stays in cache, in memory that is used again
+
+_TAKEN = ("latent", "exp_avg", "exp_avg_sq", "trial_grad")
+_WITH_STORAGES = ("cpu", "cuda")  # whose tensors can be moved to other memory
 
 _ONE = torch.tensor(1.0, device="cpu")
 
@@ -41,16 +46,24 @@ class _Rows:
         self._tensors, self._likes = tensors, likes
         alike = all(t.stride() == like.stride() for t, like in zip(tensors, likes, strict=True))
         self._flat = [_flat(t.detach(), like) for t, like in zip(tensors, likes, strict=True)] if alike else None
+        self._whole = _side_by_side(self._flat) if self._flat is not None else None
         self._views: dict[Shape, Tensor] = {}
 
     def view(self, shape: Shape) -> Tensor | None:
         """The matrix in their own memory, where there is one."""
-        if self._flat is None or len(self._flat) > 1:
-            return None
         view = self._views.get(shape)
-        if view is None:
-            view = self._views[shape] = self._flat[0].view(shape)
+        if view is None and self._whole is not None:
+            view = self._views[shape] = self._whole.view(shape)
         return view
+
+    def move_together(self) -> None:
+        """Move them into one memory, in which they are the matrix: the same tensors, and nothing to copy at every step."""
+        if self._flat is None or self._whole is not None or any(type(t) is not Tensor for t in self._tensors):
+            return
+        whole = torch.cat(self._flat)
+        parts = torch.split_with_sizes(whole, [t.numel() for t in self._flat])
+        for t, part in zip(self._tensors, parts, strict=True):
+            t.set_(whole.untyped_storage(), part.storage_offset(), t.shape, t.stride())
 
     def take(self, shape: Shape) -> Tensor:
         """The matrix."""
@@ -59,7 +72,7 @@ class _Rows:
 
     def put(self, matrix: Tensor) -> None:
         """Write a matrix back to where `take` had it from."""
-        if self._flat is not None and matrix.data_ptr() == self._flat[0].data_ptr():
+        if self._whole is not None and matrix.data_ptr() == self._whole.data_ptr():
             return  # it has been changed in place
         if self._flat is None:
             starts = accumulate((like.numel() for like in self._likes), initial=0)
@@ -72,10 +85,32 @@ class _Rows:
             torch._foreach_copy_(self._flat, torch.split_with_sizes(matrix.view(-1), sizes))
 
 
+class Taken(NamedTuple):
+    """Matrices, and where to write back those that are copies."""
+
+    matrices: tuple[Tensor, ...]
+    rows: tuple[_Rows, ...] = ()
+
+    def put(self) -> None:
+        """Write them back."""
+        for row, matrix in zip(self.rows, self.matrices, strict=False):  # none where all have been changed in place
+            row.put(matrix)
+
+
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
     """The entries in the order in which those of `like` lie in memory: a view, if its own lie so."""
     tensor = _laid_out(tensor, like)
     return tensor if tensor.ndim == 1 else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _side_by_side(flat: Sequence[Tensor]) -> Tensor | None:
+    """Vectors as one, where each begins in memory where the last one ends."""
+    first = flat[0]
+    ends = list(accumulate((t.nbytes for t in flat), initial=first.data_ptr()))
+    storages = {t.untyped_storage().data_ptr() for t in flat} if len(flat) > 1 else {0}
+    if len(storages) > 1 or any(t.data_ptr() != begin for t, begin in zip(flat, ends, strict=False)):
+        return None
+    return first if len(flat) == 1 else first.as_strided((sum(t.numel() for t in flat),), (1,))
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -113,6 +148,8 @@ class Batch:
     states: Sequence[State]
     _codes: Codes = field(default_factory=Codes)
     _kept: dict[str, _Rows] = field(default_factory=dict)
+    _taken: dict[tuple[Shape, tuple[str, ...]], Taken] = field(default_factory=dict)
+    _passes: dict[tuple[Callable[..., Found], How, bool], Pass] = field(default_factory=dict)
 
     def how(self, t: int) -> How | None:
         """What the passes of a step are compiled for; None without a grid. The first step with a gradient is solved exactly."""
@@ -123,22 +160,44 @@ class Batch:
     @property
     def codes(self) -> Codes | None:
         """The compiled code of its passes; None where they run as they are, as in a first step unlike the later ones."""
-        how = self.how(self.t) if self.t == 1 else None
-        once = how is not None and not how.follows and self.group["solver"] == "alternating"
-        return self._codes if self.fast and not once else None
+        if self.t == 1 and (how := self.how(1)) is not None and not how.follows:
+            return self._codes if self.fast and self.group["solver"] == "exact" else None
+        return self._codes if self.fast else None
 
-    def take(self, shape: Shape, *keys: str) -> list[Tensor]:
+    def move_together(self) -> None:
+        """Move what the states of several parameters hold into one memory."""
+        if len(self.states) > 1 and self._likes[0].device.type in _WITH_STORAGES:
+            for key in _TAKEN:
+                if key in self.states[0]:
+                    self._rows_of(key).move_together()
+            self._kept.clear()  # views of memory that has been left
+            self._taken.clear()
+
+    def take(self, shape: Shape, *keys: str) -> Taken:
         """Entries of all states as one matrix each, also "parameter"; a parameter without latent weights is its own."""
-        return [self._rows_of(key).take(shape) for key in keys]
+        taken = self._taken.get((shape, keys))
+        if taken is None:
+            rows = tuple(map(self._rows_of, keys))
+            taken = Taken(tuple(row.take(shape) for row in rows), rows)
+            if all(row.view(shape) is not None for row in rows):
+                taken = self._taken[shape, keys] = Taken(taken.matrices)
+        return taken
 
     def take_gradients(self, gradients: Sequence[Tensor], shape: Shape) -> Tensor:
         """Gradients as one matrix."""
         return _matrix(gradients, self._likes, shape)
 
-    def put(self, **matrices: Tensor) -> None:
-        """Write matrices back to where `take` had them from."""
-        for key, matrix in matrices.items():
-            self._rows_of(key).put(matrix)
+    def put_parameters(self, matrix: Tensor) -> None:
+        """Write what the parameters shall hold, unless it has been written in `room`."""
+        self._rows_of("parameter").put(matrix)
+
+    def pass_of(self, function: Callable[..., Found], how: How, like: Tensor) -> Pass:
+        """A pass over matrices such as `like`."""
+        key = (function, how, self.codes is None)
+        found = self._passes.get(key)
+        if found is None:
+            found = self._passes[key] = Pass(function, how, self.shape[0], like, self.codes)
+        return found
 
     def in_rows(self, key: str, matrix: Tensor) -> Tensor:
         """A matrix of another shape in rows: where it is the memory of an entry, the view that is kept of that."""
@@ -205,16 +264,12 @@ class Kept:
         self._counters: list[Tensor] = []  # steps, aligned with the versions that we know the numbers of
         self._versions: list[int] = []
         self._batches: list[Batch] = []
+        self._settled = False  # whether they have been the same twice, and their states been moved together
 
     def of(self, entries: Sequence[Entry], fast: bool) -> list[Batch]:
         """The batches of parameters with gradients, about to take their next step; `fast`: compile what is taken often."""
-        # All that parameters are sorted by, and that views are of; but for the numbers of steps.
-        held: list[object] = []
-        layout: list[object] = [fast, *surroundings()]
-        for group, p, grad, state in entries:
-            tensors = state.values()
-            held += group, p, *tensors
-            layout += p.data_ptr(), p.dtype, p.stride(), grad.dtype, *map(Tensor.data_ptr, tensors)
+        fast = fast and usable()
+        held, layout = _sorted_by(entries, fast)
         if (
             layout == self._layout
             and len(held) == len(self._held)
@@ -224,8 +279,13 @@ class Kept:
             gradients = {id(p): grad for _, p, grad, _ in entries}
             for batch in self._batches:
                 batch.gradients = [gradients[id(p)] for p in batch.parameters]
+            if not self._settled:
+                for batch in self._batches:
+                    batch.move_together()
+                self._layout, self._settled = _sorted_by(entries, fast)[1], True
         else:
             self._held, self._layout, self._batches = held, layout, batches(entries, fast)
+            self._settled = False
             self._counters = [state[name] for *_, state in entries for name in ("step", "trial_step") if name in state]
             self._versions = [counter._version for counter in self._counters]
         return self._batches
@@ -249,6 +309,17 @@ class Kept:
             batch.remembers = remember
             batch.t += 1
         self._versions = [counter._version for counter in self._counters]
+
+
+def _sorted_by(entries: Iterable[Entry], fast: bool) -> tuple[list[object], list[object]]:
+    """All that parameters are sorted by, and that views are of; but for the numbers of steps."""
+    held: list[object] = []
+    layout: list[object] = [fast, *surroundings()]
+    for group, p, grad, state in entries:
+        tensors = state.values()
+        held += group, p, *tensors
+        layout += p.data_ptr(), p.dtype, p.stride(), grad.dtype, *map(Tensor.data_ptr, tensors)
+    return held, layout
 
 
 def batches(entries: Iterable[Entry], fast: bool) -> list[Batch]:

@@ -59,6 +59,8 @@ def call(
         if known is not None:
             known[function] = code
         return code.run(tensors)
+    if not usable():
+        return plain()
     try:
         compiled = _Compiler.of(function, options)
         aliases = [_alias(tensor) for tensor in tensors]

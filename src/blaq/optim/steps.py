@@ -1,15 +1,15 @@
 """A step of a batch of parameters, from its state to its state; the step is counted afterwards, see `blaq.optim.batches`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from blaq.optim import passes, update
+from blaq.optim import passes, running, update
 from blaq.optim.batches import Batch
 from blaq.optim.options import REMEMBERING
-from blaq.optim.passes import How, Shape
+from blaq.optim.passes import Found, How
+from blaq.optim.running import Shape
 from blaq.optim.update import Rates
 from blaq.solvers import look_aside
 
@@ -33,35 +33,35 @@ def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
     """The step with one gradient, or back from the trial point and on with the blend of both."""
     how = batch.how(batch.t)
     shape = _shape(batch, how)
-    w, m, v = batch.take(shape, "latent", "exp_avg", "exp_avg_sq")
-    tensors = (w, m, v, *[batch.take_gradients(some, shape) for some in gradients])
+    taken = batch.take(shape, "latent", "exp_avg", "exp_avg_sq")
+    w = taken.matrices[0]
+    tensors = (*taken.matrices, *[batch.take_gradients(some, shape) for some in gradients])
     rates = (Rates.of(batch.group, batch.t),)
     if how is None:
-        passes.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates)
+        running.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates)
     else:
+        function = passes.backtrack if len(gradients) > 1 else passes.laq
         try:
-            scale = _solved(
-                batch, passes.backtrack if len(gradients) > 1 else passes.laq, w, tensors, rates, batch.t, how
-            )
+            scale = _solved(batch, function, w, tensors, rates, batch.t, how)
         except BaseException:
             _write_values(batch, batch.in_rows("latent", w), batch.scales(), how)  # a parameter may hold the metric
             raise
         batch.put_scales(scale)
         _write_values(batch, batch.in_rows("latent", w), scale, how)
-    batch.put(latent=w, exp_avg=m, exp_avg_sq=v)
+    taken.put()
 
 
 def to_trial_point(batch: Batch) -> list[Tensor]:
     """Let the parameters hold the trial point; nothing of the state changes. Returns its scales, one a parameter."""
     how = batch.how(batch.t)
     shape = _shape(batch, how)
-    w, m, v = batch.take(shape, "latent", "exp_avg", "exp_avg_sq")
-    w_trial = batch.room(w.dtype, shape)
-    tensors = (w_trial, w, m, v, batch.take_gradients(batch.gradients, shape))
+    taken = batch.take(shape, "latent", "exp_avg", "exp_avg_sq")
+    w_trial = batch.room(taken.matrices[0].dtype, shape)
+    tensors = (w_trial, *taken.matrices, batch.take_gradients(batch.gradients, shape))
     rates = (Rates.of(batch.group, batch.t),)
     if how is None:
-        passes.run_float(passes.forward_float, tensors, rates)
-        batch.put(parameter=w_trial)
+        running.run_float(passes.forward_float, tensors, rates)
+        batch.put_parameters(w_trial)
         return []
     scale = _solved(batch, passes.forward, w_trial, tensors, rates, batch.t, how)
     _write_values(batch, batch.in_rows("parameter", w_trial), scale, how)
@@ -73,28 +73,28 @@ def _past(batch: Batch) -> None:
     ahead = batch.t + 1
     how = batch.how(ahead)
     shape = _shape(batch, how)
-    w, m, v, g = batch.take(shape, "latent", "exp_avg", "exp_avg_sq", "trial_grad")
-    w_trial = batch.room(w.dtype, shape)
-    tensors = (w_trial, w, m, v, g, batch.take_gradients(batch.gradients, shape))
+    taken = batch.take(shape, "latent", "exp_avg", "exp_avg_sq", "trial_grad")
+    w_trial = batch.room(taken.matrices[0].dtype, shape)
+    tensors = (w_trial, *taken.matrices, batch.take_gradients(batch.gradients, shape))
     rates = Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead)
     if how is None:
-        passes.run_float(passes.past_float, tensors, rates)
-        batch.put(parameter=w_trial)
+        running.run_float(passes.past_float, tensors, rates)
+        batch.put_parameters(w_trial)
     else:
         scale = _solved(batch, passes.past, w_trial, tensors, rates, ahead, how)
         batch.put_scales(scale)
         _write_values(batch, batch.in_rows("parameter", w_trial), scale, how)
-    batch.put(latent=w, exp_avg=m, exp_avg_sq=v, trial_grad=g)
+    taken.put()
 
 
 def _shape(batch: Batch, how: How | None) -> Shape:
     """The shape in which a pass goes over a batch."""
-    return batch.shape if how is None or batch.codes is None else passes.in_pieces(batch.shape)
+    return batch.shape if how is None or batch.codes is None else running.in_pieces(batch.shape)
 
 
 def _solved(
     batch: Batch,
-    function: Callable[..., Any],
+    function: Callable[..., Found],
     w: Tensor,
     tensors: tuple[Tensor, ...],
     rates: tuple[Rates, ...],
@@ -102,22 +102,19 @@ def _solved(
     how: How,
 ) -> Tensor:
     """Make a pass, and find the scale of w, which it has written."""
-    codes = batch.codes
 
     def room() -> Tensor:
         """For the metric: where the parameter is, which is about to be written anew, unless w is there already."""
         free = batch.room(w.dtype, _shape(batch, how))
         return torch.empty_like(w) if free.data_ptr() == w.data_ptr() else free
 
-    found = passes.run(function, tensors, batch.scales(), rates, look_aside(t), how, codes, room)
-    return (
-        found
-        if how.follows
-        else passes.solve(w.view(batch.shape), found.view(batch.shape), how, fast=codes is not None)
-    )
+    found = batch.pass_of(function, how, w)(tensors, batch.scales(), rates, look_aside(t), room)
+    if how.follows:
+        return found
+    return running.solve(w.view(batch.shape), found.view(batch.shape), how, fast=batch.codes is not None)
 
 
 def _write_values(batch: Batch, w: Tensor, scale: Tensor, how: How) -> None:
     p = batch.room(batch.parameters[0].dtype, batch.shape)
-    passes.run_write(p, w, scale, how, batch.codes)
-    batch.put(parameter=p)
+    running.run_write(p, w, scale, how.grid, batch.codes)
+    batch.put_parameters(p)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blaq.optim import compiled
 from blaq.optim.held import is_dense
-from blaq.optim.passes import in_pieces
+from blaq.optim.running import in_pieces
 from blaq.projection import widen
 
 
