@@ -1,5 +1,7 @@
 """Batches kept from step to step: whatever happens between two steps, the next is that of batches made anew."""
 
+import copy
+import io
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -160,3 +162,47 @@ def test_no_gradient_outlives_its_step(trial: str, new_task: Any) -> None:
     gradients = [weakref.ref(p.grad) for p in parameters(task.opt)]
     task.opt.zero_grad()
     assert all(gradient() is None for gradient in gradients)
+
+
+@pytest.mark.parametrize("trial", ["none", "fresh", "past", "delayed"])
+def test_small_states_share_a_memory_and_stay_the_same_tensors(trial: str, new_task: Any) -> None:
+    task = new_task("ternary", "channel", "alternating", trial=trial)
+    before = {p: dict(task.opt.state[p]) for p in parameters(task.opt)}
+    task.train(range(4))
+    together = [batch for batch in task.opt._kept._batches if len(batch.parameters) > 1]
+    assert together
+    for batch in together:
+        for key in {"latent", "exp_avg", "exp_avg_sq", "trial_grad"} & batch.states[0].keys():
+            tensors = batch.state(key)
+            (memory,) = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
+            assert memory.nbytes() == sum(t.nbytes for t in tensors)
+            # Where they lie is where steps go on: in order, and nothing but them.
+            assert torch.equal(torch.cat([t.flatten() for t in tensors]), tensors[0].new_empty(0).set_(memory))
+    for p, state in before.items():
+        assert all(task.opt.state[p][key] is tensor for key, tensor in state.items())
+
+
+def test_a_saved_state_is_no_larger_for_it(new_task: Any) -> None:
+    def saved(state: Any) -> int:
+        file = io.BytesIO()
+        torch.save(state, file)
+        return len(file.getvalue())
+
+    task = new_task("ternary", "channel", "alternating").train(range(4))
+    state = task.opt.state_dict()
+    apart = copy.deepcopy(state)
+    for entry in apart["state"].values():
+        entry.update({key: value.clone() for key, value in entry.items()})
+    assert saved(state) <= saved(apart)
+    for index, p in enumerate(parameters(task.opt)):  # one of them alone: a clone leaves the others behind
+        assert saved(task.opt.state[p]["exp_avg"].clone()) < saved(apart["state"][index])
+
+
+def test_a_layer_that_comes_and_goes_leaves_states_where_they_are(new_task: Any) -> None:
+    """Memory that one of them has left would stay for the others."""
+    task = new_task("ternary", "channel", "alternating", trial="none")
+    at = {p: task.opt.state[p]["latent"].data_ptr() for p in parameters(task.opt) if "latent" in task.opt.state[p]}
+    for step in range(6):
+        task.model[0].requires_grad_(step % 2 == 0)
+        task.train([step])
+    assert all(task.opt.state[p]["latent"].data_ptr() == pointer for p, pointer in at.items())

@@ -65,16 +65,16 @@ def past(
     return forward(to, w, m, v, g, looks, ahead, how)
 
 
-def forward_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
-    """Write the trial point of a parameter without a grid into a tensor, which may be w."""
-    to.copy_(update.forward(w, m, v, g, r)[0])
+def forward_float(w: Tensor, m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
+    """Write the trial point of a parameter without a grid over it."""
+    w.copy_(update.forward(w, m, v, g, r)[0])
 
 
 def past_float(to: Tensor, w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Rates, ahead: Rates) -> None:
     """`past` of a parameter without a grid."""
     update.backtrack(w, m, v, g, g_trial, r)
     g.copy_(g_trial)
-    forward_float(to, w, m, v, g, ahead)
+    to.copy_(update.forward(w, m, v, g, ahead)[0])
 
 
 def write(p: Tensor, w: Tensor, scale: Tensor, grid: Grid) -> None:

@@ -6,7 +6,7 @@ in the processor's caches, its own instructions neither, and a call takes severa
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -124,14 +124,28 @@ class Pass:
         return result
 
 
-def run_float(function: Callable[..., Any], tensors: tuple[Tensor, ...], rates: tuple[Rates, ...]) -> None:
-    """An update of parameters without a grid, in place, some entries at a time."""
-    if tensors[0].numel() <= _BLOCK:
-        function(*tensors, *rates)
+def run_float(
+    function: Callable[..., Any], tensors: tuple[Tensor, ...], rates: tuple[Rates, ...], codes: compiled.Codes | None
+) -> None:
+    """An update of parameters without a grid, in place, the first tensor is what they shall hold; with `codes` compiled, where
+    it can be, in float32: others are to follow torch's own arithmetic.
+    """
+    like = tensors[0]
+
+    def plain() -> None:
+        if like.numel() <= _BLOCK:
+            function(*tensors, *rates)
+            return
+        for rows, columns in blocks(like.shape, _BLOCK):
+            for some in columns:
+                function(*(t[rows, some] for t in tensors), *rates)
+
+    if codes is None or like.dtype != torch.float32 or not like.numel():
+        plain()
         return
-    for rows, columns in blocks(tensors[0].shape, _BLOCK):
-        for some in columns:
-            function(*(t[rows, some] for t in tensors), *rates)
+    given = (*tensors, _numbers(rates, like.dtype, like.device))
+    compiled.call(_float_with_numbers(function, len(rates), rates[0].decay is None), given, plain, known=codes)
+    increment_version(like)  # see `run_write`
 
 
 def run_write(p: Tensor, w: Tensor, scale: Tensor, grid: Grid, codes: compiled.Codes | None) -> None:
@@ -203,6 +217,17 @@ def _with_grid(function: Callable[..., Any], grid: Grid, at: int) -> Callable[..
 
 
 @functools.cache
+def _float_with_numbers(function: Callable[..., Any], steps: int, no_decay: bool) -> Callable[..., Any]:
+    """`_with_numbers` of an update without a grid."""
+
+    def float_with_numbers(*arguments: Tensor) -> None:
+        *tensors, numbers = arguments
+        function(*tensors, *_rates(numbers.unbind(), steps, (no_decay, True)))
+
+    return compiled.own_code(float_with_numbers)
+
+
+@functools.cache
 def _with_numbers(
     function: Callable[..., Any], how: How, steps: int, absent: tuple[bool, bool], whole: bool
 ) -> Callable[..., Any]:
@@ -210,16 +235,14 @@ def _with_numbers(
 
     `whole`: rows are not in pieces.
     """
-    missing = *[False] * (len(Rates._fields) - len(absent)), *absent  # the last two fields
 
     def with_numbers(*arguments: Tensor) -> Any:
         *tensors, at, scale, ones, numbers = arguments
         metric = None if how.follows else tensors.pop()
         # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
         # not join, and computes every entry twice, or stores it between.
-        values = iter(numbers.unbind() if whole else [number * ones for number in numbers.unbind()])
-        rates = [Rates(*[None if gone else next(values) for gone in missing]) for _ in range(steps)]  # type: ignore[arg-type]
-        found = function(*tensors, at, *rates, how)
+        told = numbers.unbind() if whole else [number * ones for number in numbers.unbind()]
+        found = function(*tensors, at, *_rates(told, steps, absent), how)
         if isinstance(found, Tensor):
             assert metric is not None
             metric.copy_(found)
@@ -227,3 +250,10 @@ def _with_numbers(
         return passes.joined(tuple(t.view(len(scale), -1, how.grid.scales) for t in found), how)
 
     return compiled.own_code(with_numbers)
+
+
+def _rates(numbers: Iterable[Tensor], steps: int, absent: tuple[bool, bool]) -> list[Rates]:
+    """Those of some steps, from their `_numbers`."""
+    values = iter(numbers)
+    missing = *[False] * (len(Rates._fields) - len(absent)), *absent  # the last two fields
+    return [Rates(*[None if gone else next(values) for gone in missing]) for _ in range(steps)]  # type: ignore[arg-type]

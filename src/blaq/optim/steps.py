@@ -38,7 +38,7 @@ def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
     tensors = (*taken.matrices, *[batch.take_gradients(some, shape) for some in gradients])
     rates = (Rates.of(batch.group, batch.t),)
     if how is None:
-        running.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates)
+        running.run_float(update.backtrack if len(gradients) > 1 else update.laq, tensors, rates, batch.codes)
     else:
         function = passes.backtrack if len(gradients) > 1 else passes.laq
         try:
@@ -56,14 +56,14 @@ def to_trial_point(batch: Batch) -> list[Tensor]:
     how = batch.how(batch.t)
     shape = _shape(batch, how)
     taken = batch.take(shape, "latent", "exp_avg", "exp_avg_sq")
-    w_trial = batch.room(taken.matrices[0].dtype, shape)
-    tensors = (w_trial, *taken.matrices, batch.take_gradients(batch.gradients, shape))
+    g = batch.take_gradients(batch.gradients, shape)
     rates = (Rates.of(batch.group, batch.t),)
-    if how is None:
-        running.run_float(passes.forward_float, tensors, rates)
-        batch.put_parameters(w_trial)
+    if how is None:  # its latent weight is itself
+        running.run_float(passes.forward_float, (*taken.matrices, g), rates, batch.codes)
+        batch.put_parameters(taken.matrices[0])
         return []
-    scale = _solved(batch, passes.forward, w_trial, tensors, rates, batch.t, how)
+    w_trial = batch.room(taken.matrices[0].dtype, shape)
+    scale = _solved(batch, passes.forward, w_trial, (w_trial, *taken.matrices, g), rates, batch.t, how)
     _write_values(batch, batch.in_rows("parameter", w_trial), scale, how)
     return list(torch.split(scale, batch.rows))
 
@@ -78,7 +78,7 @@ def _past(batch: Batch) -> None:
     tensors = (w_trial, *taken.matrices, batch.take_gradients(batch.gradients, shape))
     rates = Rates.of(batch.group, batch.t), Rates.of(batch.group, ahead)
     if how is None:
-        running.run_float(passes.past_float, tensors, rates)
+        running.run_float(passes.past_float, tensors, rates, batch.codes)
         batch.put_parameters(w_trial)
     else:
         scale = _solved(batch, passes.past, w_trial, tensors, rates, ahead, how)
