@@ -303,9 +303,9 @@ class Kept:
             steps = [state["step"] for state in states]
             # On a CPU torch would make a tensor of the number, for each of them.
             torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1)
+            if remember:
+                torch._foreach_copy_([state["trial_step"] for state in states], steps)
         for batch in self._batches:
-            for state in batch.states if remember else ():
-                state["trial_step"].fill_(batch.t)
             batch.remembers = remember
             batch.t += 1
         self._versions = [counter._version for counter in self._counters]
