@@ -83,7 +83,9 @@ class LatentOptimizer(Optimizer):
     # --- what the parameters hold ---------------------------------------------------------------------------------------
 
     def latent(self, p: Tensor) -> Tensor:
-        """The latent weight of a parameter, at least float32; the parameter itself where it has none."""
+        """The latent weight of a parameter, at least float32; the parameter itself where it has none. A step may move it in
+        memory: ask anew.
+        """
         self._group(p)
         latent: Tensor = self.state[p].get("latent", p)
         return latent.detach()

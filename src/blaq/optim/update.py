@@ -1,7 +1,8 @@
 """The update of LAQ and BLAQ, on plain tensors. The notation is that of the papers.
 
 Adam's arithmetic, operation by operation as in torch, so that a parameter without a grid follows `torch.optim.Adam`
-bit for bit. Tensors have one shape, any; ``r`` holds what the formulas need of a group's options in step t.
+bit for bit, where it is not compiled. Tensors have one shape, any; ``r`` holds what the formulas need of a group's options in
+step t.
 
     w       latent (full-precision) weight      g       gradient at the current point
     m, v    first and second moment             g_trial gradient at the trial point
