@@ -2,9 +2,7 @@
 
 import json
 import logging
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from blaq.train import probes
 from blaq.train.config import DataConfig, Recipe
 from blaq.train.directory import Checkpoint, RunDirectory, open_run, write_atomically
 from blaq.train.display import Display
+from blaq.train.interrupts import Interrupts
 from blaq.train.journal import Journal
 from blaq.train.module import TaskModule, build_groups
 
@@ -166,18 +165,19 @@ def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journ
     journal = Journal(directory, display)
     config = module.recipe.probes
     observers = [] if config.every is None else [probes.Probes(directory, config)]
+    interrupts = Interrupts()
     # Resuming adds csv/version_1, and to tensorboard/ a file that takes back the steps after the checkpoint.
     trainer = _trainer(
         max_epochs=module.recipe.train.epochs,
         gradient_clip_val=module.recipe.train.gradient_clip,
         log_every_n_steps=min(STEPS_BETWEEN_LOGS, len(module.training_batches)),
-        callbacks=[*observers, journal, display],
+        callbacks=[interrupts, *observers, journal, display],
         logger=[
             CSVLogger(directory.path, name="csv"),
             TensorBoardLogger(directory.path, name="tensorboard", version="", purge_step=steps),
         ],
     )
-    with _keyboard_interrupt():
+    with interrupts.handled():
         trainer.fit(module, ckpt_path=last if resumed else None, weights_only=True)
     return journal
 
@@ -266,19 +266,3 @@ def _settings(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before[0])
         torch.backends.cudnn.deterministic = before[1]
         log.setLevel(before[2])
-
-
-@contextmanager
-def _keyboard_interrupt() -> Iterator[None]:
-    """Pass Ctrl-C on as what it is: Lightning turns it into SystemExit and leaves the signal ignored."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as exit_:
-        if isinstance(exit_.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from exit_
-        raise
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,58 @@
+"""Ctrl-C during training waits for the batch under way, and no longer."""
+
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from blaq.train.interrupts import Interrupts
+
+
+@pytest.fixture(autouse=True)
+def pythons_own_handler() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupted(*then: Callable[[], object], interrupts: Interrupts) -> list[int]:
+    """Which of some calls were made before a training ended as interrupted."""
+    made: list[int] = []
+
+    def training() -> None:
+        with interrupts.handled():
+            for i, call in enumerate(then):
+                call()
+                made.append(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        training()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return made
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
+def test_the_batch_is_finished_first(hook: str) -> None:
+    interrupts = Interrupts()
+    batch = getattr(interrupts, hook)
+    assert interrupted(batch, ctrl_c, batch, batch, interrupts=interrupts) == [0, 1]
+
+
+def test_after_the_last_batch() -> None:
+    assert interrupted(ctrl_c, interrupts=Interrupts()) == [0]
+
+
+def test_a_second_one_does_not_wait() -> None:
+    assert interrupted(ctrl_c, ctrl_c, interrupts=Interrupts()) == [0]
+
+
+def test_a_handler_of_the_user_is_left() -> None:
+    seen = []
+    signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    with Interrupts().handled():
+        signal.raise_signal(signal.SIGINT)
+    assert seen == [1]
