@@ -244,6 +244,45 @@ def test_the_search_for_long_rows_equals_the_sort_for_short_ones(
         assert abs(reached - least) <= 1e-11 * energy(w, d)
 
 
+@pytest.mark.parametrize("name", ["ternary", "linear6", "linear8", "log8", "midrise8"])
+def test_a_search_in_parts_equals_the_sort(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more levels, the more of a row is near some threshold of an alpha that may be the best."""
+    grid, parts = blaq.Grid.parse(name), []
+    picked = bins._picked
+    monkeypatch.setattr(bins, "_picked", lambda *args: parts.append(picked(*args)) or parts[-1])
+    for seed in range(3):  # normal, with heavy tails, with ties
+        w, d = random_weights(20_000, seed=seed)
+        w = (w, w**3, (w * 8).round())[seed]
+        with monkeypatch.context() as small:
+            small.setattr(exact_solver, "_LONG", 2**60)
+            by_sorting = blaq.project(w, d, grid)
+        with monkeypatch.context() as small:
+            for module, key, value in (
+                (exact_solver, "_LONG", 64), (exact_solver, "_DIRECT", 256), (exact_solver, "_MOST", 4096),
+                (bins, "_ROOM", 64), (bins, "_SHARE", 100),
+            ):  # fmt: skip
+                small.setattr(module, key, value)
+            by_search = blaq.project(w, d, grid)
+        least, reached = (
+            least_error(grid, grid.levels[q.codes.long()].double(), w, d) for q in (by_sorting, by_search)
+        )
+        assert abs(reached - least) <= 1e-11 * energy(w, d)
+    if name in ("linear8", "midrise8"):
+        assert any(part is None for part in parts)
+
+
+@pytest.mark.parametrize("name", ["linear8", "midrise8"])
+def test_a_large_tensor_with_many_levels_needs_little_memory(name: str) -> None:
+    """The optimum is so flat that cutting the range of alpha alone does not end."""
+    w, d = random_weights(1_000_000, dtype=torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        q = blaq.project(w, d, name)
+    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(sizes) <= 2 * 8 * len(w)  # of what is as large as the row only
+    coarser = blaq.project(w, d, name[:-1] + "7")
+    assert float(error(q.values, w, d)) < float(error(coarser.values, w, d)) / 3
+
+
 @pytest.mark.parametrize("name", ["binary", "ternary", "ternary2", "linear3", "log4", "midrise2"])
 def test_float32_loses_nothing_on_a_long_row(name: str) -> None:
     w, d = random_weights(200_000, dtype=torch.float32)

@@ -21,6 +21,7 @@ _LONG = 2**24  # entries from which more bins, which take longer to look through
 _OCTAVES = 32  # powers of two below the largest magnitude that have bins; what is smaller shares the lowest bin
 _WORD = 8  # flags that are looked at together
 _ROOM = 2**16  # entries picked that there is room for at first
+_SHARE = 8  # so much of a row is picked at once at most: what is made of those takes several times their memory
 
 
 class Loops(NamedTuple):
@@ -225,10 +226,16 @@ class Bins:
 class Near:
     """The entries in unsettled bins, in order of magnitude, and the rest in bins: exact sums at every alpha of the cells."""
 
-    def __init__(self, bins: Bins, row: Row, side: int | None, cells: Cells) -> None:
-        self.bins = bins
+    @staticmethod
+    def of(bins: Bins, row: Row, side: int | None, cells: Cells) -> "Near | None":
+        """Those near the thresholds of some cells; None where they are so many that the cells had better be seen in parts."""
         unsettled = bins.unsettled(cells)
-        self.minus_u_M, self.d_M = _picked(bins, row, side, unsettled)
+        most = max(len(row.w) // _SHARE, _ROOM) if len(cells.highs) > 1 else len(row.w)
+        picked = _picked(bins, row, side, unsettled, most)
+        return None if picked is None else Near(bins, unsettled, *picked)
+
+    def __init__(self, bins: Bins, unsettled: Tensor, minus_u_M: Tensor, d_M: Tensor) -> None:
+        self.bins, self.minus_u_M, self.d_M = bins, minus_u_M, d_M
         # Sums of those before each place, written where they stay: M may be some percent of the row.
         self.d_sum, self.du_sum = (self.minus_u_M.new_zeros(len(self.d_M) + 1) for _ in range(2))
         torch.cumsum(self.d_M, 0, dtype=torch.float64, out=self.d_sum[1:])
@@ -255,8 +262,10 @@ class Near:
         return Bounds(s1, s2, s1, s2, (2 * s1 - alpha_C * s2) * alpha_C)
 
 
-def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries in unsettled bins, the largest first, (M,): minus the magnitude, float64, and curvature."""
+def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """The entries in unsettled bins, the largest first, (M,): minus the magnitude, float64, and curvature; None if they are
+    more than `most`.
+    """
     edges = torch.nn.functional.pad(unsettled_B.to(torch.int8), (1, 1)).diff().nonzero().view(-1, 2)
     limits_I2 = torch.where(edges < len(unsettled_B), bins.floats(edges), torch.inf).to(row.dtype)
     places = next((count for count in row.loops.intervals if len(edges) <= count), None)  # of a loop; None: too many
@@ -274,6 +283,8 @@ def _picked(bins: Bins, row: Row, side: int | None, unsettled_B: Tensor) -> tupl
             index = (_bits(w.abs(), row.digits) - bins.first).clamp(min=0)
             flags.copy_(unsettled_B.index_select(0, index) * torch.where(w < 0, takes[0], takes[1]))
         at = _where(flags)
+        if found.count + len(at) > most:
+            return None
         found.append(w[at].abs(), d[at])
     order = largest_first(found.all[0])
     u, d = found.all[:, order]
@@ -287,23 +298,23 @@ class _Growing:
     """
 
     def __init__(self, room_2N: Tensor) -> None:
-        self._count, self._room = 0, room_2N
+        self.count, self._room = 0, room_2N
 
     def append(self, *both: Tensor) -> None:
         """Copy more of them there."""
-        end = self._count + len(both[0])
+        end = self.count + len(both[0])
         if end > self._room.shape[1]:
             larger = self._room.new_empty(2, 2 * end)
-            larger[:, : self._count] = self.all
+            larger[:, : self.count] = self.all
             self._room = larger
-        for to, values in zip(self._room[:, self._count : end], both, strict=True):
+        for to, values in zip(self._room[:, self.count : end], both, strict=True):
             to.copy_(values)
-        self._count = end
+        self.count = end
 
     @property
     def all(self) -> Tensor:
         """(2, M)."""
-        return self._room[:, : self._count]
+        return self._room[:, : self.count]
 
 
 def _where(flags_N: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ _LONG = 2**16  # breakpoints of a row above which the range of alpha is cut befo
 _DIRECT = 2**16  # breakpoints of a long row that are sorted at once
 _ROWS = 2**15  # breakpoints of short rows that are: their copies stay in cache
 _CELLS, _PARTS = 512, 32  # cuts of the range of alpha, the first and the later ones
+_MOST = 2**18  # thresholds of all cells that are looked at together
 _BLOCK = 2**16  # entries whose levels are looked at together
 
 
@@ -91,16 +92,32 @@ def _long_side(row: Row, side: int | None, largest: Tensor, bins: Bins, grid: Gr
     cells = _first_cells(_smallest(row, side, bins), largest, grid)
     # Bins cannot tell the entries inside them apart: cut until the cells are as narrow.
     cells = _prune(bins.bounds, cells, finest=2.0 ** -(row.digits + 1), few=lambda cells: not len(cells.highs))
-    near = Near(bins, row, side, cells)
-
-    def few(cells: Cells) -> bool:
-        return int((near.taken(cells.lows) - near.taken(cells.highs)).sum()) <= _DIRECT
-
-    cells = _prune(near.bounds, cells, finest=1e-12, few=few)
-    best = (-1.0, largest.new_zeros(1))
-    for high, low in zip(*_merged(cells), strict=True):
-        best = _better(best, _best_between(near, high, low))
+    best = _best_of(row, side, bins, cells)
     return best[1] * _common_factor(row, best[1], grid)
+
+
+def _best_of(row: Row, side: int | None, bins: Bins, cells: Cells) -> tuple[float, Tensor]:
+    """The best value of all candidates in some cells, and its alpha. The more levels, the less values differ, and the more
+    entries step in the cells that are left; they are then seen in parts, so that memory stays small.
+    """
+    near = Near.of(bins, row, side, cells)
+    if near is None:
+        half = len(cells.highs) // 2
+        best = _best_of(row, side, bins, Cells(cells.highs[:half], cells.lows[:half], cells.best))
+        rest = Cells(cells.highs[half:], cells.lows[half:], max(cells.best, best[0]))
+        return _better(best, _best_of(row, side, bins, rest))
+
+    def candidates(cells: Cells) -> Tensor:
+        return (near.taken(cells.lows) - near.taken(cells.highs)).sum(1)
+
+    most = max(_MOST // len(bins.mids), _CELLS)
+    cells = _prune(
+        near.bounds, cells, finest=1e-12, few=lambda cells: int(candidates(cells).sum()) <= _DIRECT, most=most
+    )
+    best = (-1.0, bins.floats(bins.lowest))  # if none is left: another part has better ones
+    for high, low in zip(*_merged(cells, candidates(cells)), strict=True) if len(cells.highs) else ():
+        best = _better(best, _best_between(near, high, low))
+    return best
 
 
 def _smallest(row: Row, side: int | None, bins: Bins) -> Tensor:
@@ -127,8 +144,16 @@ def _first_cells(smallest: Tensor, largest: Tensor, grid: Grid) -> Cells:
     return Cells(edges[1:].flip(0), edges[:-1].flip(0), -1.0)
 
 
-def _prune(bounds: Callable[[Tensor], Bounds], cells: Cells, finest: float, few: Callable[[Cells], bool]) -> Cells:
-    """Drop cells that cannot hold the optimum and cut the rest, until few candidates are left or cells are narrow."""
+def _prune(
+    bounds: Callable[[Tensor], Bounds],
+    cells: Cells,
+    finest: float,
+    few: Callable[[Cells], bool],
+    most: float = math.inf,
+) -> Cells:
+    """Drop cells that cannot hold the optimum and cut the rest, until few candidates are left, cells are narrow, or more than
+    `most`.
+    """
     highs, lows, best = cells
     while True:
         at = bounds(torch.cat([highs, lows]))
@@ -139,16 +164,17 @@ def _prune(bounds: Callable[[Tensor], Bounds], cells: Cells, finest: float, few:
         keep = _cell_bound(highs, lows, at_high, at_low) >= best * (1 - _ROUNDING)
         highs, lows = highs[keep], lows[keep]
         wide = highs - lows > finest * highs
-        if not bool(wide.any()) or few(Cells(highs, lows, best)):
+        if not bool(wide.any()) or len(highs) * _PARTS > most or few(Cells(highs, lows, best)):
             return Cells(highs, lows, best)
         # The ends of the cuts are the edges, exactly.
         cuts = torch.lerp(highs.unsqueeze(1), lows.unsqueeze(1), _ramp(_PARTS, highs))
         highs, lows = cuts[:, :-1].flatten(), cuts[:, 1:].flatten()
 
 
-def _merged(cells: Cells) -> tuple[Tensor, Tensor]:
-    """The highest and the lowest alpha of every run of cells without a gap."""
-    gap = cells.highs[1:] != cells.lows[:-1]
+def _merged(cells: Cells, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest and the lowest alpha of every run of cells without a gap, and with some `_DIRECT` candidates at most."""
+    part = candidates.cumsum(0) // _DIRECT
+    gap = (cells.highs[1:] != cells.lows[:-1]) | (part[1:] != part[:-1])
     end = gap.new_ones(1)
     return cells.highs[torch.cat([end, gap])], cells.lows[torch.cat([gap, end])]
 

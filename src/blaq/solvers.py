@@ -15,7 +15,8 @@ from blaq.grids import Grid
 MAX_ROUNDS = 10
 TOLERANCE = 1e-6  # relative move of the scale at which the alternation ends
 _BLOCK = 2**16  # entries that are added up at once
-_FEW, _SOME = 1, 7  # steps up to which thresholds are compared one by one: where rounding would do, and where not
+_VAST = 2.0**64  # levels from which their squares, and one over a scale, leave float32
+_FEW, _SOME = 1, 3  # steps up to which thresholds are compared one by one: where rounding would do, and where not
 
 
 def nearest(u_RN: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -47,8 +48,14 @@ def _rounded(x_RN: Tensor, grid: Grid) -> Tensor:
         for mid, outer in zip(mids, levels[1:], strict=True):
             found = torch.where(x_RN >= mid, float(outer), found)
         return found
-    bounds, magnitudes = (torch.tensor(values, dtype=x_RN.dtype, device=x_RN.device) for values in (mids, levels))
-    return magnitudes[torch.bucketize(x_RN, bounds, right=True)]
+    return _doubled(x_RN).clamp(max=float(levels[-1]))  # no other grid has as many
+
+
+def _doubled(x_RN: Tensor) -> Tensor:
+    """The nearest of 0, 1, 2, 4, .. to ``x >= 0``; a tie goes outward. From the exponent of the float, exactly."""
+    kind, exponent = (torch.int64, -(2**52)) if x_RN.dtype == torch.float64 else (torch.int32, -(2**23))
+    below = (x_RN.view(kind) & exponent).view(x_RN.dtype)  # the power of two at or below
+    return torch.where(x_RN >= 1, torch.where(x_RN >= 1.5 * below, 2 * below, below), (x_RN >= 0.5).to(x_RN.dtype))
 
 
 def sides(w_RN: Tensor, d_RN: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]:
@@ -79,7 +86,7 @@ def best_scale(s1: Tensor, s2: Tensor, largest: Tensor, grid: Grid) -> Tensor:
     """The scale that is best for the levels that gave S1 and S2, (R, 1); where no entry left zero, one that lets the largest
     entry reach the largest level.
     """
-    return torch.where(s2 > 0, s1 / torch.where(s2 > 0, s2, 1.0) / _unit(grid), largest / grid.largest)
+    return torch.where(s2 > 0, s1 / torch.where(s2 > 0, s2, 1.0) / _unit(grid), largest / float(grid.largest))
 
 
 def alternating(u_RN: Tensor, d_RN: Tensor, grid: Grid, start_R1: Tensor) -> Tensor:
@@ -109,9 +116,12 @@ def looks(scale_RS: Tensor, grid: Grid, aside: float | Tensor) -> Tensor:
     """Where `follow` looks: the inverse of the last scales, and of those beside them, ``1 + aside`` times as large, (R, LS).
 
     The more levels, the less an alternation moves from where it is; ternary grids need no second look, a closed form none.
+    In float64 where levels, or one over a scale, leave float32, so that what comes of it is in float64 too.
     """
     if grid.has_closed_form:
         return scale_RS[:, :0]
+    if grid.largest >= _VAST:
+        scale_RS = scale_RS.double()
     more = len(grid.magnitudes) > 2 or not grid.has_zero
     return inverse(torch.cat([scale_RS, scale_RS * (1 + aside)], 1) if more else scale_RS)
 

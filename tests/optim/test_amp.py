@@ -127,6 +127,37 @@ def test_scaler_step_after_unscale_and_clipping(new_task: NewTask, assert_identi
     assert_identical(*ends)
 
 
+@pytest.mark.parametrize("mode", ["past", "delayed", "none"])
+def test_an_overflow_that_has_been_clipped_away_skips_the_step_all_the_same(
+    mode: str, new_task: NewTask, assert_identical: Check
+) -> None:
+    """As torch's own optimizers do: what is left of an overflow is no gradient."""
+    task, scaler = new_task(trial=mode).train(range(2)), new_scaler()
+    scaled(task, scaler, 2)()
+    task.model[0].weight.grad[0, 0] = float("inf")
+    scaler.unscale_(task.opt)
+    torch.nn.utils.clip_grad_value_(task.model.parameters(), 1.0)
+    assert all(p.grad.isfinite().all() for p in task.model.parameters())
+    before = task.everything()
+    scaler.step(task.opt)
+    scaler.update()
+    assert_identical(before, task.everything())
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_a_refused_edit_leaves_no_scale_behind(new_task: NewTask) -> None:
+    """The next step would divide by it."""
+    task, scaler = new_task(trial="none").train(range(2)), new_scaler()
+    scaled(task, scaler, 2)()
+    group = task.opt.param_groups[0]
+    eps, group["eps"] = group["eps"], -1.0
+    with pytest.raises(ValueError, match="eps=-1"):
+        scaler.step(task.opt)
+    group["eps"] = eps
+    assert {"grad_scale", "found_inf"}.isdisjoint(vars(task.opt))
+    task.opt.step(task.closure(2))
+
+
 @pytest.mark.parametrize("with_closure", [True, False])
 def test_scaler_step_for_two_gradients_is_refused(
     with_closure: bool, new_task: NewTask, assert_identical: Check
@@ -283,3 +314,39 @@ def test_latent_weights_collect_what_bfloat16_would_lose() -> None:
         opt.step()
     torch.testing.assert_close(opt.latent(p), torch.full((2,), 0.75), rtol=1e-4, atol=0.0)
     assert p.tolist() == [0.75, 0.75]
+
+
+def test_autocast_forgets_the_trial_point_of_a_step_that_is_undone(new_task: NewTask) -> None:
+    task = new_task().train(range(2))
+    task.model.eval()
+    x = torch.randn(4, 6)
+
+    def closure() -> Tensor:
+        loss: Tensor = task.closure(2)()
+        if task.opt.in_trial:
+            raise RuntimeError("on purpose")
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = task.model(x)
+        torch.clear_autocast_cache()
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="on purpose"):
+            task.opt.step(closure)
+        with torch.enable_grad():  # the cache is of weights that need a gradient
+            assert torch.equal(task.model(x), expected)
+
+
+def test_autocast_forgets_the_trial_point_in_eval(new_task: NewTask) -> None:
+    task = new_task(trial="past").train(range(2))
+    task.model.eval()
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        at_the_trial_point = task.model(x)
+        task.opt.eval()
+        evaluated = task.model(x)
+        task.opt.train()
+        assert torch.equal(task.model(x), at_the_trial_point)
+    task.opt.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(task.model(x), evaluated)
+    assert not torch.equal(evaluated, at_the_trial_point)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import blaq
-from blaq.optim import update
+from blaq.optim import running, update
 
 Check = Callable[..., None]
 NewTask = Callable[..., Any]
@@ -194,3 +194,35 @@ def test_latent_weights_spoiled_between_steps_are_an_error(solver: str, bad: flo
     with pytest.raises(ValueError, match="the latent weight of 'p' is NaN, Inf"):
         opt.step()
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4], ids=lambda steps: f"after {steps}")
+@pytest.mark.parametrize("mode", ["none", "past", "delayed"])
+@pytest.mark.parametrize("many", [False, True], ids=["alone", "together"])
+def test_an_interruption_inside_the_solver_leaves_weights_on_their_grid(
+    mode: str, many: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is half taken then, but no parameter holds what is not quantized, and nobody is told to adopt it."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(1 + many)]
+    groups = [{"params": parameters, "grid": "ternary", "solver": "exact"}]
+    opt = blaq.BLAQ(groups, lr=0.1, trial=mode)
+
+    def step() -> None:
+        for p in parameters:
+            p.grad = torch.randn(4, 6, generator=generator)
+        opt.step()
+
+    for _ in range(steps):
+        step()
+
+    def interrupted(*_: Any, **__: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "solve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step()
+    for p in parameters:
+        assert torch.equal(opt.codes(p), opt.codes(p))  # refuses what is not on the grid
+    step()

@@ -182,3 +182,79 @@ def test_inside_the_closure_too(new_task: NewTask, assert_identical: Check) -> N
     with pytest.raises(ValueError, match=r"BLAQ.state_dict: a step is under way"):
         task.opt.step(closure)
     assert_identical(before, task.everything())
+
+
+def accumulated(task: Any, steps: range) -> None:
+    """Gradients over two mini-batches, each in an evaluation of its own."""
+    for step in steps:
+        for half in (task.opt.forward_step, task.opt.backtrack_step):
+            task.opt.zero_grad()
+            for part in range(2):
+                with task.opt.evaluation():
+                    (task.loss(2 * step + part) / 2).backward()
+            half()
+
+
+def test_every_mini_batch_has_its_own_masks_again_at_the_trial_point(
+    new_task: NewTask, assert_identical: Check
+) -> None:
+    def closure_over_both(task: Any, step: int) -> Any:
+        def closure() -> None:
+            task.opt.zero_grad()
+            for part in range(2):
+                (task.loss(2 * step + part) / 2).backward()
+
+        return closure
+
+    expected = new_task()
+    for step in range(3):
+        expected.opt.step(closure_over_both(expected, step))
+    task = new_task()
+    accumulated(task, range(3))
+    assert_identical(expected.everything(), task.everything())
+
+
+def test_a_failure_in_a_later_mini_batch_undoes_all_of_them(new_task: NewTask, assert_identical: Check) -> None:
+    task = new_task().train(range(2))
+    before = task.everything()
+    with task.opt.evaluation():
+        task.loss(2).backward()
+    with pytest.raises(RuntimeError, match="does not require grad"), task.opt.evaluation():
+        task.loss(3).detach().backward()
+    assert_identical(before, task.everything())
+    task.opt.zero_grad()
+    by_halves(task, 2)
+    assert_identical(new_task().train(range(3)).everything(), task.everything())
+
+
+def test_halves_of_different_evaluations_are_refused(new_task: NewTask, assert_identical: Check) -> None:
+    task = new_task().train(range(2))
+    with task.opt.evaluation():  # a batch that is skipped, which nobody is told
+        task.loss(2).backward()
+    before = task.everything()
+    with pytest.raises(ValueError, match=r"2 evaluation\(\) before forward_step\(\) and 1 before backtrack_step\(\)"):
+        by_halves(task, 3)
+    assert_identical(before, task.everything(), ignore=("buffers", "random"))
+    task.opt.zero_grad()
+    with task.opt.evaluation():
+        task.loss(2).backward()
+    task.opt.abandon_step()
+    by_halves(task, 3)
+
+
+def test_a_first_gradient_that_is_overwritten_is_an_error(new_task: NewTask, assert_identical: Check) -> None:
+    """Else both would be the second one, and a would do nothing."""
+    task = new_task().train(range(2))
+    buffers = {p: torch.zeros_like(p) for p in task.model.parameters()}
+
+    def closure() -> None:
+        for p, buffer in buffers.items():
+            p.grad = buffer.zero_()
+        task.loss(2).backward()
+
+    before = task.everything()
+    with pytest.raises(
+        ValueError, match=r"the first gradient of '0\.weight' was written to during the second evaluation"
+    ):
+        task.opt.step(closure)
+    assert_identical(before, task.everything())

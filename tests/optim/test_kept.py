@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import blaq
 from blaq.optim import batches, compiled
@@ -206,3 +206,31 @@ def test_a_layer_that_comes_and_goes_leaves_states_where_they_are(new_task: Any)
         task.model[0].requires_grad_(step % 2 == 0)
         task.train([step])
     assert all(task.opt.state[p]["latent"].data_ptr() == pointer for p, pointer in at.items())
+
+
+def test_states_of_different_dtypes_are_not_stepped_together() -> None:
+    """Memory that is shared has one dtype."""
+    a, b = nn.Parameter(torch.ones(8, dtype=torch.bfloat16)), nn.Parameter(torch.ones(8))
+    opt = blaq.LAQ([{"params": [nn.Parameter(torch.ones(2, 2))], "grid": "binary"}, {"params": [a, b]}])
+    for step in range(5):
+        if step == 1:
+            a.data = a.data.float()  # as `model.float()` does
+        for p in (a, b):
+            p.grad = torch.full_like(p, 0.5)
+        opt.step()
+    assert opt.state[a]["exp_avg"].dtype == torch.bfloat16
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(opt.state[a][key].float(), opt.state[b][key], rtol=0.02, atol=0)
+
+
+def test_states_in_memory_of_several_processes_stay_there() -> None:
+    parameters = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    opt = blaq.LAQ([{"params": parameters, "grid": "binary"}])
+    for p in parameters:
+        for value in opt.state[p].values():
+            value.share_memory_()
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert all(value.is_shared() for p in parameters for value in opt.state[p].values())

@@ -94,8 +94,6 @@ def test_no_step_while_evaluating(with_closure: bool, new_task: NewTask, assert_
         ValueError, match=r"BLAQ.step\(\): the parameters hold weights to evaluate; call train\(\) first"
     ):
         task.opt.step(task.closure(2) if with_closure else None)
-    with pytest.raises(ValueError, match=r"BLAQ.adopt_weights\(\): call train\(\) first"):
-        task.opt.adopt_weights()
     assert_identical(before, task.everything())
 
 
@@ -119,6 +117,18 @@ def test_setting_the_mode_it_has_changes_nothing(new_task: NewTask, assert_ident
         before = task.everything()
         task.opt.trial = mode
         assert_identical(before, task.everything())
+
+
+@pytest.mark.parametrize("mode", ["past", "fresh", "none"])
+def test_setting_the_mode_it_has_while_evaluating_changes_nothing(
+    mode: str, new_task: NewTask, assert_identical: Check
+) -> None:
+    expected = new_task(trial=mode).train(range(4)).everything()
+    task = new_task(trial=mode).train(range(3))
+    task.opt.eval()
+    task.opt.trial = mode
+    task.opt.train()
+    assert_identical(expected, task.train([3]).everything())
 
 
 def test_an_unknown_mode_is_refused(new_task: NewTask, assert_identical: Check) -> None:

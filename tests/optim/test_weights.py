@@ -121,6 +121,59 @@ def test_adopt_weights(mode: str, new_task: NewTask, checkpoint: dict[str, Tenso
 
 
 @in_every_mode
+@pytest.mark.parametrize("write", ["copy", "replace"])
+def test_adopting_sees_what_was_written_past_autograd(mode: str, write: str, new_task: NewTask) -> None:
+    task = new_task(trial=mode).train(range(2))
+    p, weight = task.model[0].weight, torch.linspace(-1, 1, 48).view(8, 6)
+    if write == "copy":
+        p.data.copy_(weight)
+    else:
+        p.data = weight.clone()
+    task.opt.adopt_weights()
+    assert torch.equal(task.opt.latent(p), weight)
+    task.train([2])
+
+
+def test_writes_around_eval_are_noticed(
+    new_task: NewTask, checkpoint: dict[str, Tensor], assert_identical: Check
+) -> None:
+    """Where "past" puts one set of weights in the place of another, nobody's may be lost."""
+    message = r"BLAQ: '0\.weight' was changed outside the optimizer .* call adopt_weights\(\)"
+    task = new_task(trial="past").train(range(2))
+    task.model.load_state_dict(checkpoint, strict=False)
+    before = task.everything()
+    with pytest.raises(ValueError, match=message):
+        task.opt.eval()
+    with pytest.raises(ValueError, match=message):
+        task.opt.trial = "none"
+    assert_identical(before, task.everything())
+    task = new_task(trial="past").train(range(2))
+    task.opt.eval()
+    task.model.load_state_dict(checkpoint, strict=False)
+    before = task.everything()
+    with pytest.raises(ValueError, match=message):
+        task.opt.train()
+    assert_identical(before, task.everything())
+
+
+def test_weights_of_an_evaluation_can_be_adopted(new_task: NewTask, checkpoint: dict[str, Tensor]) -> None:
+    task = new_task(trial="past").train(range(2))
+    task.opt.eval()
+    task.model.load_state_dict(checkpoint, strict=False)
+    task.opt.adopt_weights()
+    held = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    for name, weight in checkpoint.items():
+        assert torch.equal(task.opt.latent(task.model.get_parameter(name)), weight)
+    assert torch.equal(held["0.bias"], checkpoint["0.bias"])
+    task.opt.train()
+    for name in checkpoint:
+        assert torch.equal(task.model.get_parameter(name), held[name])
+    state = task.opt.state[task.model[0].weight]
+    assert {"trial", "trial_scale"}.isdisjoint(state)
+    task.train([2, 3])
+
+
+@in_every_mode
 def test_adopting_leaves_alone_what_nobody_wrote(mode: str, new_task: NewTask, assert_identical: Check) -> None:
     task = new_task(trial=mode).train(range(3))
     before = task.everything()
@@ -226,3 +279,14 @@ def test_empty_and_single_weights(shape: tuple[int, ...], grid: str | None, solv
         torch.testing.assert_close(p.detach(), before - 0.125)
         if grid is not None:
             assert opt.codes(p).shape == shape
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_rows_of_nothing_are_stepped_together(compile: bool) -> None:
+    parameters = [nn.Parameter(torch.empty(0, 5)) for _ in range(2)] + [nn.Parameter(torch.ones(2, 5))]
+    opt = blaq.LAQ([{"params": parameters, "grid": "ternary", "granularity": "channel"}], compile=compile)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert [float(opt.state[p]["step"]) for p in parameters] == [3, 3, 3]

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image
 
 from blaq.tasks import decode, images
@@ -35,7 +36,7 @@ def apart(tmp_path, monkeypatch):
 
 
 def cache_files(tmp_path: Path) -> list[Path]:
-    return sorted(path for path in (tmp_path / "cache").iterdir() if path.name != "contents")
+    return sorted(path for path in (tmp_path / "cache").iterdir() if path.name not in ("contents", "locks"))
 
 
 # --- Parquet folders made here
@@ -323,6 +324,27 @@ def test_the_second_load_decodes_nothing(folder, monkeypatch):
     first = load_dataset(str(folder), validation=10)
     monkeypatch.setattr(decode, "_decode", None)
     second = load_dataset(str(folder), validation=10)
+    for split in ("train", "validation", "test"):
+        assert torch.equal(getattr(first, split).inputs, getattr(second, split).inputs)
+
+
+def test_what_another_process_decodes_is_waited_for(folder, tmp_path, monkeypatch):
+    first = load_dataset(str(folder), validation=10)
+    for path in cache_files(tmp_path):
+        path.rename(path.with_suffix(".made"))  # as if it were not there yet
+    held = {path.name: FileLock(path) for path in (tmp_path / "cache" / "locks").iterdir()}
+    for lock in held.values():
+        lock.acquire()
+
+    def the_other_ends(text, path):
+        assert text.startswith("another process is decoding into")
+        path.with_suffix(".made").rename(path)
+        held.pop(f"{path.name}.lock").release()
+
+    monkeypatch.setattr(decode._log, "warning", the_other_ends)
+    monkeypatch.setattr(decode, "_decode", None)
+    second = load_dataset(str(folder), validation=10)
+    assert not held  # all have been waited for
     for split in ("train", "validation", "test"):
         assert torch.equal(getattr(first, split).inputs, getattr(second, split).inputs)
 

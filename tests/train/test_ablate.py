@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,34 @@ def test_without_laq_nothing_is_set_against_it() -> None:
         "Look at test error: the lowest validation error has lr=0.2, with test error 2.50 %; LAQ is not among the settings "
         "(optim.a=1, or optim.method=laq), so none is set against it."
     )
+
+
+def test_a_method_that_does_not_read_a_setting_stands_beside_every_value_of_it() -> None:
+    found = ablation(
+        runs({"optim.method": "float", "optim.bits": ""}, 0.5, 0.6),
+        *[runs({"optim.method": m, "optim.bits": bits}, 1.5, 1.6) for m in ("laq", "blaq") for bits in ("1", "2")],
+    )
+    names = {group.title: [setting.name for setting in group.settings] for group in found.groups}
+    assert names == {
+        f"optim.bits={bits}": ["method=float", f"method=laq, bits={bits}", f"method=blaq, bits={bits}"] for bits in "12"
+    }
+    assert all(
+        group.reference is not None and group.reference.values["optim.method"] == "laq" for group in found.groups
+    )
+
+
+@pytest.mark.parametrize("target", [math.nan, math.inf])
+def test_a_target_is_a_loss(target: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ablate\(target=.*\): expected a finite training loss"):
+        ablate(
+            RECIPE,
+            {"optim.a": ["0.3", "1"]},
+            [0],
+            tmp_path / "out",
+            Sweeper(console=Console(quiet=True)),
+            target=target,
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_grid_is_run_and_written(tmp_path: Path) -> None:

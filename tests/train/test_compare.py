@@ -261,6 +261,7 @@ def test_a_result_without_peak_memory_can_still_be_read() -> None:
         ({"bits": ["ternery"]}, "ternary"),
         ({"rates": [0.1, 0.1]}, "each once"),
         ({"tune_seeds": 0}, "at least 1"),
+        ({"tune_seeds": 5}, r"compare\(tune_seeds=5\): without learning rates to choose among nothing is chosen"),
         ({"target": math.nan}, "finite training loss"),
     ],
 )
@@ -271,7 +272,11 @@ def test_a_design_that_makes_no_sense_is_refused(changed: dict[str, Any], messag
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"methods": ["laq", "blac"]}, "did you mean 'blaq'"), ({"rates": [-1.0]}, "finite numbers > 0")],
+    [
+        ({"methods": ["laq", "blac"]}, "did you mean 'blaq'"),
+        ({"rates": [-1.0]}, "finite numbers > 0"),
+        ({"methods": ["float"], "bits": [1, 2]}, r"compare\(bits='1,2'\): none of the methods float quantizes"),
+    ],
 )
 def test_what_does_not_fit_stops_before_any_run(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

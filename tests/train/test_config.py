@@ -26,6 +26,7 @@ from blaq.train.config import (
     load_recipe,
     recipe_paths,
 )
+from blaq.train.module import build_optimizer
 
 RECIPE = Recipe(
     name="tiny",
@@ -303,6 +304,37 @@ def test_a_recipe_runs_with_every_method_and_an_override_must_concern_the_one_it
                     base.with_(overrides)
             else:
                 base.with_(overrides)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_builds_its_optimizer_from_a_recipe_that_states_everything(name: str) -> None:
+    settings = [
+        "bits=3",
+        "a=0.7",
+        "period=2",
+        "trial_every=3",
+        "clip=1",
+        "granularity=channel",
+        "solver=exact",
+        "rules.fc1=4",
+    ]
+    recipe = RECIPE.with_([f"optim.{setting}" for setting in settings]).with_([f"optim.method={name}"])
+    opt = build_optimizer(build_model("mlp", hidden=[8]), recipe.optim)
+    expected = 3 if name == "blaq" else 1
+    assert [group["trial_every"] for group in opt.param_groups] == [expected] * len(opt.param_groups)
+    assert opt.trial == METHODS[name].trial
+
+
+def test_an_override_must_concern_one_of_the_methods_that_the_recipe_is_read_for() -> None:
+    laq = RECIPE.with_(["optim.method=laq"])
+    assert laq.with_(["optim.a=0.8"], ["laq", "blaq"]).optim.a == 0.8
+    with pytest.raises(
+        ValueError, match=r"none of the methods 'float', 'laq' reads optim\.a; leave it out, or add blaq or"
+    ):
+        RECIPE.with_(["optim.a=0.8"], ["float", "laq"])
+    with pytest.raises(ValueError, match=r"method 'laq' does not read optim\.a"):
+        RECIPE.with_(["optim.a=0.8"], ["laq"])
+    assert RECIPE.with_(["optim.a=0.8"], ["laqq"]).optim.a == 0.8  # what is no method is for others to refuse
 
 
 def toml_value(value: object) -> str:

@@ -91,6 +91,12 @@ def test_what_a_method_does_not_read_makes_no_further_runs() -> None:
     assert jobs[0].recipe.optim.a == RECIPE.optim.a
 
 
+def test_quotes_are_no_part_of_a_text() -> None:
+    jobs = combinations(RECIPE, {"optim.method": ['"laq"', "'blaq'"], "optim.a": ["0.5", "0.7"]}, [0])
+    assert [job.name for job in jobs] == ["methodlaq-s0", "methodblaq-a0.5-s0", "methodblaq-a0.7-s0"]
+    assert jobs[0].settings == {"optim.method": "laq", "optim.a": ""}
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [

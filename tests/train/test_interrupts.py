@@ -38,7 +38,7 @@ def ctrl_c() -> None:
     handler(signal.SIGINT, None)
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start", "on_test_batch_start"])
 def test_the_batch_is_finished_first(hook: str) -> None:
     interrupts = Interrupts()
     batch = getattr(interrupts, hook)

@@ -374,6 +374,60 @@ def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
         evaluate(tmp_path)
 
 
+def test_a_comparison_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text("{}")
+    (tmp_path / "recipe.toml").write_text(RECIPE.to_toml())
+    with pytest.raises(ValueError, match=r"the directory holds a comparison; choose another with --out"):
+        train(RECIPE, tmp_path, resume=True, progress=False)
+    with pytest.raises(ValueError, match=r"holds a comparison; its runs are the directories in '.*runs'"):
+        evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+def test_a_damaged_checkpoint_is_said(name: str, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path, progress=False, display=Interruption(STEPS + 1))
+    path = tmp_path / "checkpoints" / f"{name}.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=rf"{name}\.ckpt' is damaged .*; take the other checkpoint"):
+        evaluate(tmp_path, checkpoint=name)  # type: ignore[arg-type]
+    if name == "last":
+        with pytest.raises(ValueError, match="is damaged"):
+            train(RECIPE, tmp_path, resume=True, progress=False)
+
+
+def test_damaged_metrics_are_said(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path, progress=False, display=Interruption(STEPS + 1))
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": \n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl' is damaged"):
+        train(RECIPE, tmp_path, resume=True, progress=False)
+
+
+def test_a_run_without_a_trial_is_refused(tmp_path: Path) -> None:
+    recipe = RECIPE.with_(["optim.method=blaq", "optim.period=1", f"optim.trial_every={4 * STEPS + 1}"])
+    with pytest.raises(
+        ValueError, match=rf"optim\.trial_every={4 * STEPS + 1}: expected at most {4 * STEPS}, the steps"
+    ):
+        train(recipe, tmp_path / "run", progress=False)
+    train(recipe.with_([f"optim.trial_every={4 * STEPS}"]), tmp_path / "run", progress=False)
+    assert rows(tmp_path / "run")[-1]["gradient_evaluations"] == 4 * STEPS + 1
+
+
+def test_ctrl_c_in_a_test_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the end of the process, which Lightning makes of it."""
+    train(RECIPE.with_(["train.epochs=1"]), tmp_path, progress=False)
+
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TaskModule, "on_test_epoch_start", pressed)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_recipe_that_cannot_run_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rule 'conv1' matched no parameter"):
         train(RECIPE.with_(["optim.rules.conv1=float"]), tmp_path / "run", progress=False)

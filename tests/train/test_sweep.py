@@ -200,9 +200,9 @@ def test_a_process_that_is_killed_is_a_failure_of_its_run_alone(
 def test_what_nobody_foresaw_leaves_its_traceback_in_the_run(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "s1")
     directory.create(job(1).recipe)
-    directory.checkpoint("last").write_bytes(b"not a checkpoint")
+    torch.save({}, directory.checkpoint("last"))
     outcome, _ = make([job(1)], tmp_path)
-    assert outcome.failures["s1"].startswith("RuntimeError: ")
+    assert outcome.failures["s1"] == "KeyError: 'epoch'"
     output = (tmp_path / "s1/output.txt").read_text()
     assert output.startswith("Traceback")
     assert outcome.failures["s1"] in output
@@ -271,6 +271,37 @@ def test_a_folder_holds_one_sweep(tmp_path: Path) -> None:
     train(RECIPE, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="the directory holds a run"):
         claim(tmp_path / "run", RECIPE, design)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "results.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"expected a new or empty directory, or one of a comparison; choose another"):
+        claim(tmp_path / "mine", RECIPE, design)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["results.csv"]
+
+
+def test_the_order_of_rules_is_part_of_a_recipe(tmp_path: Path) -> None:
+    """The first match wins."""
+    one, other = (RECIPE.with_([f"optim.rules={{{rules}}}"]) for rules in ('"fc*"=4, "*1"=2', '"*1"=2, "fc*"=4'))
+    design = {"kind": "compare", "budget": "steps"}
+    claim(tmp_path, one, design)
+    claim(tmp_path, one, design)
+    with pytest.raises(
+        ValueError, match=r"its runs have optim\.rules in the order 'fc\*', '\*1', not '\*1', 'fc\*'; keep"
+    ):
+        claim(tmp_path, other, design)
+
+
+def test_a_damaged_result_is_a_failed_run(tmp_path: Path) -> None:
+    assert not make([job(1)], tmp_path)[0].failures
+    (result,) = tmp_path.glob("*/result.json")
+    for text, message in (
+        ("", "result.json' is damaged"),
+        ("[1]", "found list"),
+        ('{"new": 1}', "of another version of blaq"),
+    ):
+        result.write_text(text)
+        found, _ = make([job(1)], tmp_path)
+        assert not found.runs
+        assert [message in failure for failure in found.failures.values()] == [True]
 
 
 def test_names_differ(tmp_path: Path) -> None:

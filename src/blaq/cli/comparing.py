@@ -82,7 +82,7 @@ def compare(
     reserved |= {"optim.bits": "--bits"} if bits else {}
     reserved |= {"optim.lr": "--lr"} if lr else {}
     _refuse(set_, reserved)
-    resolved = load_recipe(recipe, set_ or ())
+    resolved = load_recipe(recipe, set_ or (), _split(methods))
     design = Design(
         methods=_split(methods),
         bits=[int(one) if one.isdecimal() else one for one in _split(bits)],
@@ -120,7 +120,7 @@ def ablate(
     """Train a recipe with a grid of settings and several seeds, and print the tables; begun ablations are continued."""
     from blaq.train.ablate import ablate as run
     from blaq.train.config import load_recipe
-    from blaq.train.grid import parse_values
+    from blaq.train.grid import METHOD, parse_values
     from blaq.train.sweep import Sweeper
 
     _refuse(set_, {"train.seed": "--seeds"})
@@ -128,7 +128,8 @@ def ablate(
     sets = {key: values for key, values in parsed if len(values) > 1}
     if len(dict(parsed)) < len(parsed) or not sets:
         raise ValueError(f"--set {' '.join(set_)}: expected several values of some setting, each setting once.")
-    resolved = load_recipe(recipe, [f"{key}={values[0]}" for key, values in parsed if len(values) == 1])
+    single = [f"{key}={values[0]}" for key, values in parsed if len(values) == 1]
+    resolved = load_recipe(recipe, single, sets.get(METHOD, ()))
     path = out or Path("runs") / f"{resolved.name}-ablate"
     numbers = range(resolved.train.seed, resolved.train.seed + seeds)
     screen = console()

@@ -113,23 +113,28 @@ class LatentOptimizer(Optimizer):
             ValueError: a weight that is NaN or Inf; nothing is changed then.
         """
         self._check_idle("adopt_weights")
-        if self.param_groups[0]["evaluating"]:
-            raise ValueError(f"{self._owner}.adopt_weights(): call train() first.")
-        written = [entry for entry in self._parameters() if "latent" in entry[2] and not self._is_ours(*entry)]
+        written = [entry for entry in self._parameters() if "latent" in entry[2] and not self._holds_ours(*entry)]
         new = [held.initial_state(p, self._name(p), group) for group, p, _ in written]
         for (group, p, state), fresh in zip(written, new, strict=True):
             state.update({key: fresh[key] for key in ("latent", "scale", "trial_grad", "trial_step") if key in fresh})
             if group["grid"] is not None:
                 self._hold_latent(p, state, group)
+            if group["evaluating"]:  # `train` goes on from here too
+                state["trial"] = p.clone()
+                state.update({"trial_scale": state["scale"]} if group["grid"] is not None else {})
 
     @torch.no_grad()
     def eval(self) -> None:
         """Let the parameters hold the weights to evaluate and to ship. With ``trial="past"`` these differ from the trial
         point that they hold while training; otherwise nothing changes. Idempotent.
+
+        Raises:
+            ValueError: weights written from outside; see `adopt_weights`.
         """
         self._check_idle("eval")
         if self.trial != "past" or self.param_groups[0]["evaluating"]:
             return
+        self._check_untouched()
         for group, p, state in self._parameters():
             state["trial"] = p.clone()
             if group["grid"] is not None:
@@ -145,10 +150,15 @@ class LatentOptimizer(Optimizer):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Go back to training after `eval`. Idempotent."""
+        """Go back to training after `eval`. Idempotent.
+
+        Raises:
+            ValueError: weights written from outside; see `adopt_weights`.
+        """
         self._check_idle("train")
         if not self.param_groups[0]["evaluating"]:
             return
+        self._check_untouched()
         for group, p, state in self._parameters():
             if group["grid"] is not None:
                 state["scale"] = state.pop("trial_scale")
@@ -168,7 +178,9 @@ class LatentOptimizer(Optimizer):
         self._check_idle("trial")
         self._set_all(trial=self._edits.trial)  # one that was edited in a group is what is being set right
         self._edits.check(self._owner, self.param_groups)
-        if self.trial == "past" and trial != "past":
+        if trial == self.trial:
+            return
+        if self.trial == "past":
             self.eval()
             self._set_all(evaluating=False)
         for group, p, state in self._parameters():
@@ -176,9 +188,9 @@ class LatentOptimizer(Optimizer):
                 state.setdefault("latent", p.detach().clone())
             elif group["grid"] is None:
                 state.pop("latent", None)
-            for key in ("trial", "trial_scale", *(("trial_grad", "trial_step") if trial != self.trial else ())):
+            for key in ("trial", "trial_scale", "trial_grad", "trial_step"):
                 state.pop(key, None)
-            if trial in REMEMBERING and trial != self.trial:
+            if trial in REMEMBERING:
                 state.update(held.no_trial_yet(state["exp_avg"]))
         self._set_all(trial=trial)
         self._edits = Edits(self.param_groups)
@@ -289,10 +301,12 @@ class LatentOptimizer(Optimizer):
     def _hold_latent(self, p: Tensor, state: held.State, group: Group) -> None:
         held.hold(p, state, group)
         self._written[id(p)] = _Written(p, p._version)
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     def _hold(self, p: Tensor, values: Tensor) -> None:
         p.copy_(values)
         self._written[id(p)] = _Written(p, p._version)
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     def _has_written(self, batch: Batch) -> None:
         quantized = batch.group["grid"] is not None
@@ -331,6 +345,12 @@ class LatentOptimizer(Optimizer):
         written = self._written.get(id(p))
         if group["grid"] is None or (written is not None and written.version == p._version):
             return written is None or written.version == p._version
+        return self._holds_ours(group, p, state)
+
+    def _holds_ours(self, group: Group, p: Tensor, state: held.State) -> bool:
+        """`_is_ours` by the values themselves, which sees what was written through ``.data`` too."""
+        if group["grid"] is None:
+            return self._is_ours(group, p, state)
         weight = p if self.trial == "past" else state["latent"]
         return torch.equal(held.held_values(weight, state["scale"], group).to(p.dtype), p)
 

@@ -123,7 +123,11 @@ class Batch:
         if len(self.states) == 1:
             self.states[0]["scale"].copy_(scales)
         else:
-            torch._foreach_copy_(self.state("scale"), torch.split(scales, self.rows))
+            torch._foreach_copy_(self.state("scale"), self.of_each(scales))
+
+    def of_each(self, scales: Tensor) -> list[Tensor]:
+        """Scales of all rows as those of every parameter."""
+        return list(torch.split_with_sizes(scales, [self.rows] * len(self.states)))
 
     def state(self, key: str) -> list[Tensor]:
         """An entry of all states."""
@@ -239,7 +243,8 @@ def batches(entries: Iterable[Entry], fast: bool) -> list[Batch]:
         alone = id(p) if p.numel() > TOGETHER_UP_TO else None
         shape = (p.shape, state["exp_avg"].stride()) if group["grid"] is not None else None
         past = (int(state["step"]), int(state.get("trial_step", 0)))
-        found.setdefault((id(group), alone, shape, p.dtype, grad.dtype, p.device, *past), []).append(entry)
+        dtypes = p.dtype, grad.dtype, state["exp_avg"].dtype  # a parameter may have been cast since its state was made
+        found.setdefault((id(group), alone, shape, *dtypes, p.device, *past), []).append(entry)
     return [_batch(some, fast) for entries in found.values() for some in _portions(entries)]
 
 

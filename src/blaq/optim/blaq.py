@@ -16,7 +16,7 @@ from blaq.optim.base import LatentOptimizer
 from blaq.optim.batches import Entry
 from blaq.optim.finite import Brought, all_usable, refuse_sparse
 from blaq.optim.options import REMEMBERING
-from blaq.optim.trial import Snapshot
+from blaq.optim.trial import RandomState, Snapshot
 
 Closure = Callable[[], Any]
 
@@ -38,6 +38,7 @@ class _Pending:
     """Between the two halves of a step: what backtracking needs."""
 
     gradients: dict[Tensor, Tensor]  # g_t
+    versions: dict[Tensor, int]  # of its tensors
     floats: dict[Tensor, Tensor]  # parameters without a grid, as they were
     scales: dict[Tensor, Tensor]  # of the trial point
     after_first: Snapshot
@@ -140,7 +141,9 @@ class BLAQ(LatentOptimizer):
 
     def _reset_transient(self) -> None:
         super()._reset_transient()
-        self._before: Snapshot | None = None
+        self._before: Snapshot | None = None  # as the step under way found buffers and random state
+        self._random: list[RandomState] = []  # at every evaluation before the trial
+        self._replayed = 0  # how many of them there have been again at the trial point
         self._pending: _Pending | None = None
         self._second_view = SimpleNamespace(param_groups=[])  # how a GradScaler sees the second evaluation
 
@@ -164,9 +167,10 @@ class BLAQ(LatentOptimizer):
                 ``param_groups`` to what it cannot be. Parameters, buffers, random state and optimizer state are then as
                 before the step; so they are when the closure raises.
         """
-        self._edits.check(self._owner, self.param_groups)
-        two = self.trial == "fresh" and (self.param_groups[0]["steps"] + 1) % self.param_groups[0]["trial_every"] == 0
         try:
+            self._edits.check(self._owner, self.param_groups)
+            first = self.param_groups[0]
+            two = self.trial == "fresh" and (first["steps"] + 1) % first["trial_every"] == 0
             self._check_call(closure, scaler, two)
             return self._step(closure, scaler if scaler is not None and scaler.is_enabled() else None, two)
         except BaseException:
@@ -179,6 +183,7 @@ class BLAQ(LatentOptimizer):
         loss = None
         try:
             if closure is not None:
+                self._forget_evaluations()  # of a batch that was skipped
                 with self.evaluation():
                     loss = closure()
             entries = self._with_gradients()
@@ -190,7 +195,7 @@ class BLAQ(LatentOptimizer):
         except BaseException:
             self.abandon_step()
             raise
-        self._before = None
+        self._forget_evaluations()
         return loss
 
     def _second_gradient(self, first: list[Entry], closure: Closure, scaler: GradScaler | None) -> None:
@@ -221,7 +226,7 @@ class BLAQ(LatentOptimizer):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Around one forward and backward pass, in loops that own their passes::
+        """Around a forward and backward pass, in loops that own their passes::
 
             opt.zero_grad()
             with opt.evaluation():
@@ -232,12 +237,19 @@ class BLAQ(LatentOptimizer):
                 loss_function(model(inputs), targets).backward()
             opt.backtrack_step()
 
-        The second pass draws the same dropout masks as the first. An exception in either undoes the whole step.
+        The second pass draws the same dropout masks as the first. An exception in either undoes the whole step. Where gradients
+        are accumulated every mini-batch has an `evaluation` of its own, in the same order before both halves.
         """
         if self._pending is None:
-            self._before = Snapshot.take(self.module, self._devices())
-        elif self._before is not None:
-            self._before.random.restore()
+            if self._before is None:
+                self._before = Snapshot.take(self.module, self._devices())
+                self._random = [self._before.random]
+            else:
+                self._random.append(RandomState.capture(self._devices()))
+        else:
+            if self._replayed < len(self._random):
+                self._random[self._replayed].restore()
+            self._replayed += 1
         try:
             with torch.enable_grad():
                 yield
@@ -284,7 +296,8 @@ class BLAQ(LatentOptimizer):
     def abandon_step(self) -> None:
         """Undo a step that is under way: parameters, buffers and random state as before it. Harmless otherwise."""
         pending, before = self._pending, self._before
-        self._pending = self._before = None
+        self._pending = None
+        self._forget_evaluations()
         if pending is not None:
             for group, p, state in self._parameters():
                 if p in pending.floats:
@@ -295,6 +308,11 @@ class BLAQ(LatentOptimizer):
             before.restore()
         elif pending is not None:
             pending.after_first.restore()
+        if pending is not None:
+            torch.clear_autocast_cache()  # it holds casts of the trial point
+
+    def _forget_evaluations(self) -> None:
+        self._before, self._random, self._replayed = None, [], 0
 
     def _run_half(self, half: Callable[[list[Entry]], None]) -> None:
         try:
@@ -308,9 +326,10 @@ class BLAQ(LatentOptimizer):
 
     def _forward(self, entries: list[Entry]) -> None:
         self._check_untouched()
-        pending = self._pending = _Pending({}, {}, {}, Snapshot.take(self.module, self._devices()))
+        pending = self._pending = _Pending({}, {}, {}, {}, Snapshot.take(self.module, self._devices()))
         for batch in self._kept.of(entries, self.compiles):
             pending.gradients.update(zip(batch.parameters, map(_kept, batch.gradients), strict=True))
+            pending.versions.update((p, pending.gradients[p]._version) for p in batch.parameters)
             if batch.group["grid"] is None:
                 pending.floats.update((p, p.clone()) for p in batch.parameters)
             scales = steps.to_trial_point(batch)
@@ -328,10 +347,22 @@ class BLAQ(LatentOptimizer):
         if second != set(pending.gradients):
             names = ", ".join(f"'{self._name(p)}'" for p in second ^ set(pending.gradients))
             raise ValueError(f"{self._owner}: only one of the two evaluations gave a gradient to {names}; both must.")
+        for p, gradient in pending.gradients.items():
+            if gradient._version != pending.versions[p]:
+                raise ValueError(
+                    f"{self._owner}: the first gradient of '{self._name(p)}' was written to during the second evaluation, so "
+                    "it is lost; let every evaluation make gradients of its own: zero_grad(), and no buffers set as p.grad."
+                )
+        if 0 < self._replayed != len(self._random):
+            raise ValueError(
+                f"{self._owner}: {len(self._random)} evaluation() before forward_step() and {self._replayed} before "
+                "backtrack_step(); both halves need the same ones, and a batch that is skipped abandon_step()."
+            )
         for p, values in pending.floats.items():
             p.copy_(values)
         self._tell_observers(pending.gradients)
-        self._pending = self._before = None
+        self._pending = None
+        self._forget_evaluations()
         pending.after_first.restore()
         for batch in self._kept.of(entries, self.compiles):
             first = [pending.gradients[p] for p in batch.parameters]
@@ -365,8 +396,10 @@ class BLAQ(LatentOptimizer):
         if scaler is not None:
             scaler.unscale_(view)
         elif found_inf is not None:
+            if found_inf.item():  # even where gradients have been clipped since, or another process has found it
+                return False
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-            if grad_scale is not None and not found_inf.item():
+            if grad_scale is not None:
                 for entry in entries:
                     entry.grad.div_(grad_scale)
         return all_usable(self._owner, entries, self._name, scaled=scaler is not None or found_inf is not None)

@@ -64,9 +64,9 @@ def call(
     try:
         compiled = _Compiler.of(function, options)
         aliases = [_alias(tensor) for tensor in tensors]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
             warnings.simplefilter("ignore")  # of the compiler about torch's own code
-            result = compiled(*aliases)
+            result = compiled(*aliases)  # levels are constants of a grid: only sizes are what changes
     except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
         _Compiler.broken, _Compiler.last = True, None
         _log.warning(

@@ -132,15 +132,18 @@ def _watched(group: dict[str, Any], first: dict[str, Any]) -> tuple[object, ...]
 
 
 def _check_eps(owner: str, group: dict[str, Any], index: int) -> None:
-    """Refuse an eps that is lost in the dtype of a parameter without a grid."""
-    if group["grid"] is not None:
-        return
-    for dtype in {p.dtype: None for p in group["params"]}:
+    """Refuse an eps that is lost in the dtype of a parameter, or of the state of one with a grid."""
+
+    def computed_in(p: Tensor) -> torch.dtype:
+        return p.dtype if group["grid"] is None else torch.promote_types(p.dtype, torch.float32)
+
+    for dtype in {computed_in(p): None for p in group["params"]}:
         if torch.tensor(group["eps"], dtype=dtype) == 0:
-            position = next(i for i, p in enumerate(group["params"]) if p.dtype == dtype)
+            position = next(i for i, p in enumerate(group["params"]) if computed_in(p) == dtype)
             name = parameter_name(group, index, position)
             raise ValueError(
-                f"{owner}(eps={group['eps']}): is 0 in {dtype}, the dtype of '{name}'; expected a larger eps."
+                f"{owner}(eps={group['eps']}): is 0 in {dtype}, the dtype of {'the state of ' * (group['grid'] is not None)}"
+                f"'{name}'; expected a larger eps."
             )
 
 

@@ -34,7 +34,9 @@ class Rows:
 
     def move_together(self) -> None:
         """Move them into one memory, in which they are the matrix: the same tensors, and nothing to copy at every step."""
-        if self._flat is None or self._whole is not None or any(type(t) is not Tensor for t in self._tensors):
+        if self._flat is None or self._whole is not None or not all(map(_can_move, self._tensors)):
+            return
+        if len({t.dtype for t in self._tensors}) > 1:  # `set_` does not look what is in the memory
             return
         whole = torch.cat(self._flat)
         parts = torch.split_with_sizes(whole, [t.numel() for t in self._flat])
@@ -59,6 +61,11 @@ class Rows:
         else:
             sizes = [t.numel() for t in self._flat]
             torch._foreach_copy_(self._flat, torch.split_with_sizes(matrix.view(-1), sizes))
+
+
+def _can_move(tensor: Tensor) -> bool:
+    """Not a tensor of somebody's own class, nor one in memory that other processes see."""
+    return type(tensor) is Tensor and not (tensor.is_cpu and tensor.untyped_storage().is_shared())
 
 
 class Taken(NamedTuple):

@@ -66,7 +66,7 @@ class Pass:
         how = self._how
         metric: tuple[Tensor, ...] = () if how.follows else (room(),)
         at = self._looks(scale, aside) if self._nowhere is None else self._nowhere
-        ones = at.new_ones(self._pieces, 1) if self._ones is None else self._ones
+        ones = at.new_ones(self._pieces, 1, dtype=self._dtype) if self._ones is None else self._ones
         absent = rates[0].decay is None, rates[0].clip is None
         found: Tensor | None = compiled.call(
             _with_numbers(self._function, how, len(rates), absent, _piece(self._columns) is None),

@@ -43,8 +43,9 @@ def advance(batch: Batch, *gradients: Sequence[Tensor]) -> None:
         function = passes.backtrack if len(gradients) > 1 else passes.laq
         try:
             scale = _solved(batch, function, w, tensors, rates, batch.t, how)
-        except BaseException:
-            _write_values(batch, batch.in_rows("latent", w), batch.scales(), how)  # a parameter may hold the metric
+        except BaseException:  # a parameter may hold the metric
+            latent = batch.take(batch.shape, "latent").matrices[0]  # as the state has it: w may be a copy
+            _write_values(batch, latent, batch.scales(), how)
             raise
         batch.put_scales(scale)
         _write_values(batch, batch.in_rows("latent", w), scale, how)
@@ -65,7 +66,7 @@ def to_trial_point(batch: Batch) -> list[Tensor]:
     w_trial = batch.room(taken.matrices[0].dtype, shape)
     scale = _solved(batch, passes.forward, w_trial, (w_trial, *taken.matrices, g), rates, batch.t, how)
     _write_values(batch, batch.in_rows("parameter", w_trial), scale, how)
-    return list(torch.split(scale, batch.rows))
+    return batch.of_each(scale)
 
 
 def _past(batch: Batch) -> None:
@@ -81,7 +82,12 @@ def _past(batch: Batch) -> None:
         running.run_float(passes.past_float, tensors, rates, batch.codes)
         batch.put_parameters(w_trial)
     else:
-        scale = _solved(batch, passes.past, w_trial, tensors, rates, ahead, how)
+        try:
+            scale = _solved(batch, passes.past, w_trial, tensors, rates, ahead, how)
+        except BaseException:
+            if w_trial.data_ptr() == batch.parameters[0].data_ptr():  # a parameter may hold what is not quantized yet
+                _write_values(batch, batch.in_rows("parameter", w_trial), batch.scales(), how)
+            raise
         batch.put_scales(scale)
         _write_values(batch, batch.in_rows("parameter", w_trial), scale, how)
     taken.put()

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -92,19 +93,55 @@ def decode_images(part: Part, column: str, image_size: int | None, *, grey: bool
     path = cache_folder() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', part.name)}-{_key(part, column, image_size, grey)}.npy"
     rows = part.table.count_rows()
     if (cached := _open(path, rows)) is None:
-        try:
-            _write(path, _blocks(part, rows, column, image_size, grey=grey is not False), rows)
-        except _ColourError as found:
-            if grey:
-                raise ValueError(f"{found} is in colour, but the training images are grey.") from None
-            # Most often the first image; then nothing is lost by starting again.
-            _write(path, _blocks(part, rows, column, image_size, grey=False), rows)
-        cached = _open(path, rows)
+        with _alone(path) as waited:
+            cached = _open(path, rows) if waited else None
+            if cached is None:
+                _decode_into(path, part, rows, column, image_size, grey)
+                cached = _open(path, rows)
     assert cached is not None, path
     with warnings.catch_warnings():
         # Of a map that could be written to, Linux may refuse one that is larger than memory (ImageNet: 193 GB).
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(cached)
+
+
+def _decode_into(path: Path, part: Part, rows: int, column: str, image_size: int | None, grey: bool | None) -> None:
+    try:
+        _write(path, _blocks(part, rows, column, image_size, grey=grey is not False), rows)
+    except _ColourError as found:
+        if grey:
+            raise ValueError(f"{found} is in colour, but the training images are grey.") from None
+        # Most often the first image; then nothing is lost by starting again.
+        _write(path, _blocks(part, rows, column, image_size, grey=False), rows)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Keep other processes from making the same file meanwhile: it may be large. Yields whether another one was at it."""
+    lock, waited = FileLock(cache_folder() / "locks" / f"{path.name}.lock"), False
+    with _cache_errors(), contextlib.suppress(NotImplementedError):  # of file systems without locks: twice, if need be
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.warning("another process is decoding into %s: waiting for it", path)
+            waited = True
+            lock.acquire()
+    try:
+        yield waited
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _cache_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"BLAQ_CACHE={str(cache_folder())!r}: cannot write the decoded images there ({error}); set BLAQ_CACHE to a "
+            "folder with room for them."
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -166,18 +203,14 @@ def _in_place_of(path: Path) -> Iterator[IO[bytes]]:
     """A new file of the cache: a temporary one is renamed, so nobody sees half of it."""
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a power failure could leave zeros under the final name
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(
-            f"BLAQ_CACHE={str(cache_folder())!r}: cannot write the decoded images there ({error}); set BLAQ_CACHE to a "
-            "folder with room for them."
-        ) from error
+        with _cache_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+                temporary = Path(file.name)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # else a power failure could leave zeros under the final name
+            os.replace(temporary, path)
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -217,7 +250,7 @@ def _decode_rows(
             raise ValueError(f"{where}: no image; expected the image files inside the Parquet file, not paths to them.")
         try:
             images.append(_decode(file, where, image_size, grey))
-        except OSError as error:  # Pillow's for whatever it cannot read
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for whatever it cannot read
             raise ValueError(f"{where}: cannot decode the image ({error}).") from error
     return images
 

@@ -15,7 +15,7 @@ TASKS = ("image-classification", "text-classification", "text-generation")
 """What an "hf:" network can be built for; the logits are (N, classes), (N, classes) and (N, T, classes)."""
 
 
-def hf_network(source: str, *, task: str | None = None, classes: int | None = None, **options: Any) -> nn.Module:
+def hf_network(source: str, /, *, task: str | None = None, classes: int | None = None, **options: Any) -> nn.Module:
     """Build a randomly initialised transformers network that returns its logits alone.
 
     The module is transformers' own, with its parameter names and its `save_pretrained`; a forward hook takes the logits

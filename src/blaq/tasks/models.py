@@ -28,7 +28,7 @@ __all__ = ["MODELS", "CharLSTM", "build_model", "lenet5", "mlp", "vgg"]
 _BN_EPS = 1e-4
 
 
-def build_model(name: str, **options: Any) -> nn.Module:
+def build_model(name: str, /, **options: Any) -> nn.Module:
     """Build a network by name, randomly initialised from torch's global generator.
 
     Args:

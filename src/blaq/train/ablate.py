@@ -1,5 +1,6 @@
 """A grid of settings on one recipe: the runs, their tables, and which settings differ from LAQ."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,14 @@ class Ablation:
         others = [key for key in self.sets if key not in STEP_BACK]
         if not any(self._is_laq(setting) for setting in settings):
             return [Group(title=self.recipe.title, settings=tuple(settings), reference=None, target=self.target)]
-        together: dict[tuple[str, ...], list[Setting]] = {}
-        for setting in settings:
-            together.setdefault(tuple(setting.values[key] for key in others), []).append(setting)
+        each = [(tuple(setting.values[key] for key in others), setting) for setting in settings]
+        # A method that does not read a setting stands beside every value of it: float beside all bits.
+        apart = [
+            values for values in dict.fromkeys(values for values, _ in each) if not _stands_beside_more(values, each)
+        ]
         groups = []
-        for values, members in together.items():
+        for values in apart:
+            members = [setting for own, setting in each if _stands_beside(own, values)]
             title = ", ".join(f"{key}={value}" for key, value in zip(others, values, strict=True))
             found = [setting for setting in members if self._is_laq(setting)]
             # By method, where there is the choice: what a = 1 costs is not what LAQ costs.
@@ -115,6 +119,8 @@ def ablate(
     Raises:
         ValueError: an unknown setting or value, settings that do not fit together; the directory holds something else.
     """
+    if target is not None and not math.isfinite(target):
+        raise ValueError(f"ablate(target={target}): expected a finite training loss.")
     jobs = combinations(recipe, sets, seeds)
     quantized = [job.recipe.optim for job in jobs if job.recipe.optim.trains_by.quantized]
     description = {
@@ -134,6 +140,15 @@ def ablate(
         write_tables(out, recipe, outcome, ablation.groups, ablation.conclusion(), [])
 
     return Ablation(recipe, sets, sweeper.run(jobs, out / "runs", finished=write), target)
+
+
+def _stands_beside(own: tuple[str, ...], values: tuple[str, ...]) -> bool:
+    """Whether what is stated of some settings is what others have; "" is not stated."""
+    return all(one in ("", other) for one, other in zip(own, values, strict=True))
+
+
+def _stands_beside_more(own: tuple[str, ...], each: Sequence[tuple[tuple[str, ...], Setting]]) -> bool:
+    return any(own != values and _stands_beside(own, values) for values, _ in each)
 
 
 def _some(names: Sequence[str]) -> str:

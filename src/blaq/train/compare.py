@@ -59,6 +59,11 @@ class Design:
             raise ValueError(f"compare(target={self.target}): expected a finite training loss.")
         if self.tune_seeds < 1:
             raise ValueError(f"compare(tune_seeds={self.tune_seeds}): expected at least 1.")
+        if self.tune_seeds > 1 and not self.rates:
+            raise ValueError(
+                f"compare(tune_seeds={self.tune_seeds}): without learning rates to choose among nothing is chosen; name them "
+                "with rates (--lr), or leave it out."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,11 @@ def _variants(recipe: Recipe, design: Design) -> dict[str, Recipe]:
             continue
         for bits in design.bits or [recipe.optim.bits]:
             variants[f"{method}-b{bits}"] = variant.with_([f"optim.bits={bits}"])
+    if design.bits and not any(variant.optim.trains_by.quantized for variant in variants.values()):
+        raise ValueError(
+            f"compare(bits={','.join(map(str, design.bits))!r}): none of the methods {', '.join(design.methods)} quantizes; "
+            "leave it out, or add one that does."
+        )
     return equal_gradients(variants) if design.budget == "gradients" else variants
 
 

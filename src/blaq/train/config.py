@@ -6,7 +6,7 @@ one run and has to have an effect: ``--set optim.a=0.8`` with the method ``laq``
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -226,27 +226,35 @@ class Recipe:
         """The complete recipe as TOML, every setting stated; reading it gives an equal recipe."""
         return toml.dumps(self)
 
-    def with_(self, overrides: Iterable[str]) -> "Recipe":
+    def with_(self, overrides: Iterable[str], methods: Collection[str] = ()) -> "Recipe":
         """A copy with settings changed, each written ``key=value`` as for `load_recipe`.
 
+        Args:
+            overrides: the changes.
+            methods: the methods that it is made for, of which one has to read a setting; by default its own.
+
         Raises:
-            ValueError: an unknown key, a value of the wrong type or range, or a setting that the method does not read.
+            ValueError: an unknown key, a value of the wrong type or range, or a setting that no method reads.
         """
         overrides = list(overrides)
         tree = toml.override(Recipe, toml.to_tree(self), overrides)
         recipe = toml.build(Recipe, tree, f"--set {' '.join(overrides)}")
         for text in overrides:
-            recipe._check_read(text)
+            _check_read(text, methods or [recipe.optim.method])
         return recipe
 
-    def _check_read(self, text: str) -> None:
-        section, setting, *_ = [*toml.split_override(Recipe, text)[0], ""]
-        if section == "optim" and setting in self.optim.trains_by.ignores:
-            readers = " or ".join(name for name, method in METHODS.items() if setting not in method.ignores)
-            raise ValueError(
-                f"--set {text}: method {self.optim.method!r} does not read optim.{setting}; leave it out, or set "
-                f"optim.method to {readers}."
-            )
+
+def _check_read(text: str, methods: Collection[str]) -> None:
+    section, setting, *_ = [*toml.split_override(Recipe, text)[0], ""]
+    known = [method for method in methods if method in METHODS]
+    if section == "optim" and known and all(setting in METHODS[method].ignores for method in known):
+        readers = " or ".join(name for name, method in METHODS.items() if setting not in method.ignores)
+        named = ", ".join(map(repr, known))
+        raise ValueError(
+            f"--set {text}: method {named} does not read optim.{setting}; leave it out, or set optim.method to {readers}."
+            if len(known) == 1
+            else f"--set {text}: none of the methods {named} reads optim.{setting}; leave it out, or add {readers}."
+        )
 
 
 def recipe_paths() -> list[Path]:
@@ -256,7 +264,7 @@ def recipe_paths() -> list[Path]:
     return next((sorted(folder.glob("*.toml")) for folder in folders if folder.is_dir()), [])
 
 
-def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = (), methods: Collection[str] = ()) -> Recipe:
     """Read a recipe: a TOML file, or a shipped one by its name.
 
     A file may say ``extends = "other.toml"`` (relative to itself, or a shipped name) and then state only what differs:
@@ -264,7 +272,8 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
 
     An override is ``key=value``, the value in TOML or, where it is not TOML, plain text: ``optim.bits=2``,
     ``optim.bits=ternary``, ``optim.rules.fc*=float``, ``optim.rules.fc*={bits=2, solver="alternating"}``,
-    ``data.train=none``. Overrides apply in order: a later value wins, and so does a later rule.
+    ``data.train=none``. Overrides apply in order: a later value wins, and so does a later rule. One has to concern one of the
+    `methods` that the recipe is read for, by default its own.
 
     Raises:
         ValueError: no such recipe; invalid TOML; an unknown key, with the nearest known one; a missing key; a value of
@@ -277,4 +286,4 @@ def load_recipe(path_or_name: str | Path, overrides: Iterable[str] = ()) -> Reci
     tree = reduce(toml.merge, reversed(layers)) | {"name": layers[0].get("name", path.stem)}
     recipe = toml.build(Recipe, tree, path.name)
     overrides = list(overrides)
-    return recipe.with_(overrides) if overrides else recipe
+    return recipe.with_(overrides, methods) if overrides else recipe

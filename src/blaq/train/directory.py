@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import lightning
@@ -30,6 +31,8 @@ import blaq
 from blaq.train.config import Recipe, load_recipe
 
 Checkpoint = Literal["best", "last"]
+
+_IN_ORDER = "optim.rules"  # the table of a recipe whose order matters: the first match wins
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,22 @@ class RunDirectory:
             raise ValueError(f"{str(self.path)!r} has no {name} checkpoint yet: its first epoch has not ended.")
         return path
 
+    def load(self, name: Checkpoint, *, mmap: bool = False) -> dict[str, Any]:
+        """What the best or the last checkpoint holds, on the CPU; with `mmap` read when it is looked at.
+
+        Raises:
+            ValueError: there is none yet, or it is damaged.
+        """
+        path = self.existing(name)
+        try:
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{str(path)!r} is damaged ({reason}); take the other checkpoint, or delete the run and make it again."
+            ) from error
+        return saved
+
     @property
     def finished(self) -> bool:
         """Whether the run has its result."""
@@ -91,9 +110,11 @@ class RunDirectory:
         """Whether a run of `recipe` may be begun here, or with `resume` continued.
 
         Raises:
-            ValueError: it holds a run and `resume` is False, a run of another recipe, or other files than a run's.
+            ValueError: it holds a run and `resume` is False, a run of another recipe, a comparison, or other files.
         """
         owner = f"train(out={str(self.path)!r})"
+        if comparison_file(self.path).exists():
+            raise ValueError(f"{owner}: the directory holds a comparison; choose another with --out.")
         if not self.recipe_file.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise ValueError(f"{owner}: expected a new or empty directory; choose another with --out.")
@@ -137,7 +158,7 @@ class RunDirectory:
 
     def version_changes(self) -> list[str]:
         """What differs between the versions the run was begun with and the present ones, as "torch was 2.6.0, is 2.7.0"."""
-        before = json.loads(self._versions_file.read_text(encoding="utf-8"))
+        before = read_json(self._versions_file)
         return [
             f"{name} was {before.get(name)}, is {now}" for name, now in versions().items() if before.get(name) != now
         ]
@@ -162,6 +183,10 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
         ValueError: there is no run.
     """
     directory = RunDirectory(Path(path))
+    if comparison_file(directory.path).exists():
+        raise ValueError(
+            f"{str(path)!r} holds a comparison; its runs are the directories in {str(directory.path / 'runs')!r}."
+        )
     if not directory.recipe_file.exists():
         raise ValueError(
             f"{str(path)!r} holds no run: expected a directory that `blaq train` wrote, with a recipe.toml."
@@ -169,12 +194,42 @@ def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
     return directory, load_recipe(directory.recipe_file)
 
 
+def comparison_file(folder: Path) -> Path:
+    """What tells the directory of a comparison or an ablation from that of a run: its design."""
+    return folder / "comparison.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return _object(path, path.read_text(encoding="utf-8"))
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines, none if there is no file; a last line cut short by a kill is left out."""
+    """The lines of a file of JSON lines, none if there is no file; a last line cut short by a kill is left out.
+
+    Raises:
+        ValueError: a line is damaged.
+    """
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [_object(path, line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _object(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}); delete the run or the comparison, and make it again."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} is damaged: expected JSON objects, found {type(found).__name__}.")
+    return found
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -191,7 +246,10 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is at every moment either as before or complete."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a power failure could leave an empty file under the final name
     os.replace(partial, path)
 
 
@@ -213,5 +271,8 @@ def differences(before: object, now: object, key: str = "") -> list[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         prefix = f"{key}." if key else ""
         names = [*before, *(name for name in now if name not in before)]
-        return [line for name in names for line in differences(before.get(name), now.get(name), f"{prefix}{name}")]
+        found = [line for name in names for line in differences(before.get(name), now.get(name), f"{prefix}{name}")]
+        if key == _IN_ORDER and not found and list(before) != list(now):
+            found = [f"{key} in the order {', '.join(map(repr, before))}, not {', '.join(map(repr, now))}"]
+        return found
     return [] if before == now else [f"{key}={before!r}, not {now!r}"]

@@ -1,4 +1,4 @@
-"""Ctrl-C while a network is trained: the run ends between two batches, so that whatever writes files is left in order."""
+"""Ctrl-C while a network is trained or tested: it ends between two batches, so that whatever writes files is left in order."""
 
 import signal
 import threading
@@ -23,7 +23,9 @@ class Interrupts(Callback):
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Around training. Ctrl-C leaves it as what it is: Lightning turns it into SystemExit and leaves the signal ignored."""
+        """Around training or testing. Ctrl-C leaves it as what it is: Lightning turns it into SystemExit and leaves the signal
+        ignored.
+        """
         in_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGINT)
         if in_main_thread and handler is signal.default_int_handler:  # another is the user's affair
@@ -45,6 +47,10 @@ class Interrupts(Callback):
 
     @override
     def on_validation_batch_start(self, *_: Any) -> None:
+        self._raise_if_asked()
+
+    @override
+    def on_test_batch_start(self, *_: Any) -> None:
         self._raise_if_asked()
 
     def _ask(self, _: int, __: FrameType | None) -> None:

@@ -39,7 +39,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> BLAQ:
             weight_decay=optim.weight_decay,
             a=optim.a,
             trial=method.trial,
-            trial_every=optim.trial_every,
+            trial_every=1 if "trial_every" in method.ignores else optim.trial_every,
             curvature=method.curvature,
             clip=optim.clip if method.quantized else None,
             module=model,
@@ -140,7 +140,8 @@ class TaskModule(LightningModule):
         """Refuse a network that does not fit the data, before any training.
 
         Raises:
-            ValueError: it takes inputs of another shape, or has fewer outputs than there are classes.
+            ValueError: it takes inputs of another shape, or has fewer outputs than there are classes; or no step would have
+                the trial that the method is for.
         """
         owner = f"model.options of {self.recipe.model.name!r}"
         inputs, _ = next(iter(self.evaluation_batches(self.dataset.validation)))
@@ -148,15 +149,23 @@ class TaskModule(LightningModule):
         try:
             with torch.no_grad():
                 logits = self.model(inputs)
-        except RuntimeError as error:
-            shape = tuple(inputs.shape[1:])
-            raise ValueError(f"{owner}: the network does not take inputs of shape {shape} ({error}).") from error
+        except (RuntimeError, IndexError) as error:  # the latter of an embedding with too few rows
+            raise ValueError(
+                f"{owner}: the network does not take inputs of shape {tuple(inputs.shape[1:])} and {inputs.dtype} ({error}); "
+                f"{self.dataset.name} has {self.dataset.classes} classes."
+            ) from error
         finally:
             self.model.train()
         if logits.shape[-1] < self.dataset.classes:
             raise ValueError(
                 f"{owner}: {logits.shape[-1]} outputs, but {self.dataset.name} has {self.dataset.classes} classes; "
                 f"set model.options.classes={self.dataset.classes}."
+            )
+        optim, steps = self.recipe.optim, self.recipe.train.epochs * len(self.training_batches)
+        if "trial_every" not in optim.trains_by.ignores and optim.trial_every > steps:
+            raise ValueError(
+                f"optim.trial_every={optim.trial_every}: expected at most {steps}, the steps of the run, else none has a "
+                "trial; set optim.method=laq for none."
             )
 
     @override

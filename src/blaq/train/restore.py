@@ -16,10 +16,10 @@ def restore(run: Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, nn.Modu
     """Recipe, network and optimizer of a run's checkpoint, on the CPU; random state is left alone.
 
     Raises:
-        ValueError: no run there, or none whose first epoch has ended.
+        ValueError: no run there, or none whose first epoch has ended; a damaged checkpoint.
     """
     directory, recipe = open_run(run)
-    state = torch.load(directory.existing(checkpoint), map_location="cpu", weights_only=True)
+    state = directory.load(checkpoint)
     with torch.random.fork_rng(devices=[]):  # building draws initial weights, only to overwrite them
         model = build_model(recipe.model.name, **recipe.model.options)
     optimizer = build_optimizer(model, recipe.optim)

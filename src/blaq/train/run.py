@@ -20,7 +20,7 @@ from blaq.optim.plan import Plan, plan
 from blaq.tasks.data import Dataset, load_dataset
 from blaq.train import probes
 from blaq.train.config import DataConfig, Recipe
-from blaq.train.directory import Checkpoint, RunDirectory, open_run, write_atomically
+from blaq.train.directory import Checkpoint, RunDirectory, open_run, read_json, write_atomically
 from blaq.train.display import Display
 from blaq.train.interrupts import Interrupts
 from blaq.train.journal import Journal
@@ -123,8 +123,17 @@ def train(
 
 
 def read_result(directory: RunDirectory) -> Result:
-    """The outcome of a finished run."""
-    return Result(**json.loads(directory.result_file.read_text(encoding="utf-8")))
+    """The outcome of a finished run.
+
+    Raises:
+        ValueError: it is damaged, or of another version of blaq.
+    """
+    found = read_json(directory.result_file)
+    try:
+        return Result(**found)
+    except TypeError as error:  # names the field
+        reason = str(error).removeprefix("Result.__init__() ")
+        raise ValueError(f"{str(directory.result_file)!r} is of another version of blaq ({reason}).") from None
 
 
 def evaluate(
@@ -134,11 +143,12 @@ def evaluate(
 
     Raises:
         ValueError: no run there, or none whose first epoch has ended.
+        KeyboardInterrupt: on Ctrl-C.
     """
     directory, recipe = open_run(run)
-    path = directory.existing(checkpoint)
+    directory.existing(checkpoint)
     with _settings(recipe.train.threads):
-        return _evaluate(TaskModule(recipe, load_data(recipe.data)), path, split)
+        return _evaluate(TaskModule(recipe, load_data(recipe.data)), directory, checkpoint, split)
 
 
 def load_data(data: DataConfig) -> Dataset:
@@ -157,7 +167,7 @@ def load_data(data: DataConfig) -> Dataset:
 def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journal:
     last = directory.checkpoint("last")
     resumed = last.exists()
-    epochs, steps = _progress(last) if resumed else (0, None)
+    epochs, steps = _progress(directory) if resumed else (0, None)
     directory.truncate_metrics(epochs)
     probes.truncate(directory, epochs, steps or 0)
     if resumed:
@@ -182,9 +192,9 @@ def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journ
     return journal
 
 
-def _progress(checkpoint: Path) -> tuple[int, int]:
-    """The epochs and steps that a checkpoint has behind it."""
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+def _progress(directory: RunDirectory) -> tuple[int, int]:
+    """The epochs and steps that the last checkpoint has behind it."""
+    saved = directory.load("last", mmap=True)
     return saved["epoch"] + 1, saved["global_step"]
 
 
@@ -192,8 +202,8 @@ def _conclude(module: TaskModule, directory: RunDirectory, journal: Journal, siz
     recipe = module.recipe
     rows = directory.metrics()
     last, best = rows[-1], rows[journal.best_epoch - 1]
-    test_best = _evaluate(module, directory.checkpoint("best"), "test")
-    test_last = _evaluate(module, directory.checkpoint("last"), "test")
+    test_best = _evaluate(module, directory, "best", "test")
+    test_last = _evaluate(module, directory, "last", "test")
     return Result(
         recipe=recipe.name,
         method=recipe.optim.method,
@@ -229,10 +239,14 @@ def _peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def _evaluate(module: TaskModule, checkpoint: Path, split: Literal["validation", "test"]) -> Evaluation:
-    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"])
+def _evaluate(
+    module: TaskModule, directory: RunDirectory, checkpoint: Checkpoint, split: Literal["validation", "test"]
+) -> Evaluation:
+    module.load_state_dict(directory.load(checkpoint, mmap=True)["state_dict"])
     data = module.dataset.test if split == "test" else module.dataset.validation
-    _trainer(logger=False).test(module, module.evaluation_batches(data), verbose=False)
+    interrupts = Interrupts()
+    with interrupts.handled():
+        _trainer(logger=False, callbacks=[interrupts]).test(module, module.evaluation_batches(data), verbose=False)
     return Evaluation(loss=module.evaluation_tally.loss, error=module.evaluation_tally.error)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from blaq.train.board import Board
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import RunDirectory, differences, write_atomically
+from blaq.train.directory import RunDirectory, comparison_file, differences, read_json, write_atomically
 from blaq.train.executors import ExecutorName, Handle, cores, open_executor
 from blaq.train.run import Result, read_result
 
@@ -96,10 +96,12 @@ class Sweeper:
         def end(job: Job, failure: str | None) -> None:
             directory = RunDirectory(folder / job.name)
             if failure is None:
-                result = read_result(directory)
-                runs[job.name] = Run(
-                    name=job.name, settings=job.settings, result=result, metrics=tuple(directory.metrics())
-                )
+                try:
+                    result, metrics = read_result(directory), tuple(directory.metrics())
+                except ValueError as error:
+                    failure = str(error)
+            if failure is None:
+                runs[job.name] = Run(name=job.name, settings=job.settings, result=result, metrics=metrics)
                 board.ended(job.name, f"test error {result.test_error:.2f} %, {result.seconds:.1f} s")
             else:
                 failures[job.name] = failure
@@ -186,15 +188,17 @@ def claim(folder: Path, recipe: Recipe, design: Mapping[str, Any]) -> None:
     """Begin or continue a sweep in a folder: write comparison.json (the design) and recipe.toml (what all runs share).
 
     Raises:
-        ValueError: it holds a run, or a sweep of another kind, recipe or budget.
+        ValueError: it holds a run, a sweep of another kind, recipe or budget, or something else.
     """
-    design_file, recipe_file = folder / "comparison.json", folder / "recipe.toml"
+    design_file, recipe_file = comparison_file(folder), folder / "recipe.toml"
     owner = f"{design['kind']}(out={str(folder)!r})"
     way_out = "choose another directory with --out."
     if recipe_file.exists() and not design_file.exists():
         raise ValueError(f"{owner}: the directory holds a run; {way_out}")
+    if not design_file.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{owner}: expected a new or empty directory, or one of a comparison; {way_out}")
     if design_file.exists():
-        before = json.loads(design_file.read_text(encoding="utf-8"))
+        before = read_json(design_file)
         for key in ("kind", "budget"):
             if before.get(key) != design.get(key):
                 raise ValueError(
