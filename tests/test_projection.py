@@ -370,6 +370,7 @@ DEGENERATE = {
     "one weight among zeros": [0.0, 0.0, -2.0, 0.0, -0.0],
     "smallest subnormals": [1.4e-45, -1.4e-45, 2.8e-45],
     "subnormals": [3e-39, -7e-40, 1e-44],
+    "tiny beside zero": [1e-38, 0.0, -3e-39],  # one over their scale is not finite in float32
     "subnormals beside ones": [1e-44, 1.0, -1e-40, -1.0],
     "tiny and huge": [1e-30, -1e30, 1e-10, 1e10],
     "huge": [3e38, -3e38, 1e38],

@@ -144,7 +144,7 @@ def write_values(to_RN: Tensor, w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> N
 
 def codes_of(levels_RN: Tensor, grid: Grid) -> Tensor:
     """Levels as indices into ``grid.levels``: uint8 (R, N)."""
-    return torch.bucketize(levels_RN, grid.levels.to(levels_RN)).to(torch.uint8)
+    return torch.bucketize(levels_RN, grid.levels.to(levels_RN), out_int32=True).to(torch.uint8)
 
 
 def _entry_scale(signed_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:

@@ -16,6 +16,7 @@ MAX_ROUNDS = 10
 TOLERANCE = 1e-6  # relative move of the scale at which the alternation ends
 _BLOCK = 2**16  # entries that are added up at once
 _VAST = 2.0**64  # levels from which their squares, and one over a scale, leave float32
+_TINY = 2.0**-100
 _FEW, _SOME = 1, 3  # steps up to which thresholds are compared one by one: where rounding would do, and where not
 
 
@@ -34,7 +35,10 @@ def nearest(u_RN: Tensor, scale: Tensor, grid: Grid) -> Tensor:
         for mid, outer in zip(mids, levels[1:], strict=True):
             found = torch.where(u_RN >= scale * mid, float(outer), found)
         return found
-    return _rounded(u_RN / scale if grid.spacing is None else u_RN * (1 / scale), grid)
+    if grid.spacing is None:
+        return _rounded(u_RN / scale, grid)
+    raised = torch.where(scale < _TINY, 1 / _TINY, 1.0).to(scale.dtype)  # one over the smallest scales is not finite
+    return _rounded(u_RN * raised * (1 / (scale * raised)), grid)
 
 
 def _rounded(x_RN: Tensor, grid: Grid) -> Tensor:
@@ -67,8 +71,8 @@ def sides(w_RN: Tensor, d_RN: Tensor, grid: Grid) -> list[tuple[Tensor, Tensor]]
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """One over a scale; 0 where it is 0, as the weights are."""
-    return 1 / torch.where(scale > 0, scale, torch.inf)
+    """One over a scale; 0 where it is 0, as the weights are, and finite where it is the smallest, as 0 times it must be 0."""
+    return (1 / torch.where(scale > 0, scale, torch.inf)).clamp(max=torch.finfo(scale.dtype).max)
 
 
 def sums(u_RN: Tensor, d_RN: Tensor, inverse: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

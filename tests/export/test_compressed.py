@@ -184,3 +184,19 @@ def test_what_the_library_reads_otherwise_is_not_kept(
     with pytest.raises(ValueError, match=r"compressed-tensors reads other weights of '1' than were trained"):
         save_compressed(model, opt, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Readers take the dtype of the scales for that of the weights."""
+    model = nn.Sequential(nn.Linear(8, 4)).to(dtype)
+    opt = blaq.LAQ(blaq.param_groups(model, 3), eps=1e-6)
+    with pytest.raises(ValueError, match=rf"'0\.weight' is {dtype}, expected float32; convert with model\.float"):
+        save_compressed(model, opt, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_that_is_the_whole_model_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match="no quantized weight of a Linear or Embedding inside another module"):
+        save_compressed(model, blaq.LAQ(blaq.param_groups(model, 2)), tmp_path / "out")

@@ -324,3 +324,33 @@ def test_more_than_a_file_holds_is_refused(tmp_path: Path, monkeypatch: pytest.M
         export_onnx(model, opt, torch.randn(2, 16), tmp_path / "m.onnx")
     monkeypatch.setattr("blaq.export.onnx.LARGEST", 1500)
     export_onnx(model, opt, torch.randn(2, 16), tmp_path / "m.onnx")
+
+
+class Products(nn.Module):
+    """One product of many matrices with a parameter of three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), self.weight).transpose(0, 1)
+
+
+def test_a_product_of_many_matrices_is_unpacked(tmp_path: Path) -> None:
+    model = Products()
+    path = blaq.export_onnx(model, blaq.LAQ(blaq.param_groups(model, 2)), torch.randn(2, 3, 8), tmp_path / "model.onnx")
+    (entry,) = open_session(path).description["weights"].values()
+    assert entry["note"] == "no linear layer"
+
+
+@pytest.mark.parametrize("description", ["[]", "{}", '{"format_version": 2}'])
+def test_a_description_of_another_version_is_refused(description: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    path = blaq.export_onnx(model, blaq.LAQ(blaq.param_groups(model, 2)), torch.randn(2, 8), tmp_path / "model.onnx")
+    file = onnx.load(path)
+    (entry,) = (entry for entry in file.metadata_props if entry.key == "blaq")
+    entry.value = description
+    onnx.save(file, path)
+    with pytest.raises(ValueError, match=r"format version .*, expected 1; open it with the blaq that wrote it"):
+        open_session(path)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from blaq.export.layers import QuantizedWeight
+from blaq.export.onnx import FORMAT_VERSION
 from blaq.export.onnx_containers import PRESETS, Container, Preset, compute_bits, packed, storage, table
 from blaq.export.onnx_graph import WeightGraph
 from blaq.export.onnx_session import OnnxSession
@@ -57,7 +58,11 @@ def in_graph(
     filled = WeightGraph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
     container = filled.hold("fc.weight", weight, preset)
     model = filled.finish()
-    description = {"preset": preset, "weights": {"fc.weight": container.description()}}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "preset": preset,
+        "weights": {"fc.weight": container.description()},
+    }
     helper.set_model_props(model, {"blaq": json.dumps(description)})
     return model, container
 

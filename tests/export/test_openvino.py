@@ -361,3 +361,44 @@ def test_the_description_is_complete() -> None:
         "note": "levels up to 8.50706e+37, no 8-bit integers", "output": "__module.0/aten::linear/MatMul",
     }  # fmt: skip
     assert [value.get_partial_shape().to_string() for value in graph.inputs] == ["[?,19]"]
+
+
+def test_a_name_that_is_taken_is_left_alone(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    opt = blaq.LAQ(blaq.param_groups(model, 2))
+    (tmp_path / "model.xml").mkdir()
+    (tmp_path / "other.bin").write_bytes(b"somebody's")
+    for name, message in (
+        ("model.xml", "is a folder; expected the name of a file"),
+        ("other.xml", "is there without 'other.xml'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            blaq.export_openvino(model, opt, torch.randn(2, 8), tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.xml", "other.bin"]
+    assert (tmp_path / "other.bin").read_bytes() == b"somebody's"
+
+
+def test_a_size_that_the_graph_has_fixed_is_an_error_with_its_shape(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    blaq.export_openvino(model, blaq.LAQ(blaq.param_groups(model, 2)), torch.randn(2, 8), tmp_path / "model.xml")
+    with pytest.raises(ValueError, match=r"OpenVINO cannot compute the outputs of inputs \(2, 9\)"):
+        open_session(tmp_path / "model.xml").run(np.zeros((2, 9), np.float32))
+
+
+class Truths(nn.Module):
+    """Returns truth values beside logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.layer(x)
+        return logits, logits > 0
+
+
+def test_truth_values_are_compared(tmp_path: Path) -> None:
+    model = Truths()
+    blaq.export_openvino(model, blaq.LAQ(blaq.param_groups(model, 2)), torch.randn(2, 8), tmp_path / "model.xml")
+    _, positive = open_session(tmp_path / "model.xml").outputs(np.ones((2, 8), np.float32))
+    assert positive.dtype == np.bool_

@@ -379,3 +379,28 @@ def test_without_safetensors_it_says_what_to_install(
         load_packed(tmp_path / "file", Zoo())
     with pytest.raises(ImportError, match=r"need safetensors; pip install 'blaq\[export\]'"):
         save_packed(*zoo(), tmp_path / "file")
+
+
+def test_a_file_of_untied_weights_does_not_fit_a_model_that_ties_them(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self, *, tied: bool) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            if tied:
+                self.head.weight = self.embedding.weight
+
+    model = Model(tied=False)
+    save_packed(model, blaq.LAQ(blaq.param_groups(model, 2)), tmp_path / "untied.safetensors")
+    tied = Model(tied=True)
+    before = tied.head.weight.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"embedding\.weight and head\.weight are one tensor of the model, and the file holds"
+    ):
+        load_packed(tmp_path / "untied.safetensors", tied)
+    assert torch.equal(tied.head.weight, before)
+    opt = blaq.LAQ(blaq.param_groups(model, 2))
+    with torch.no_grad():
+        model.embedding.weight.copy_(model.head.weight)  # which is in float
+    save_packed(model, opt, tmp_path / "equal.safetensors")
+    load_packed(tmp_path / "equal.safetensors", tied)
+    assert torch.equal(tied.head.weight, model.embedding.weight)

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from blaq.export.container import dense_state, safetensors_torch
 from blaq.export.files import replacing
-from blaq.export.layers import QuantizedWeight, quantized_weights, shipped, weights_of_run
+from blaq.export.layers import QuantizedWeight, check_float32, quantized_weights, shipped, weights_of_run
 from blaq.export.packing import pack
 from blaq.grids import MAX_BITS, Grid
 from blaq.optim.base import LatentOptimizer
@@ -64,6 +64,7 @@ def export_run(run: Path, out: Path, checkpoint: Literal["best", "last"] = "best
 
 
 def _write(folder: Path, model: nn.Module, weights: list[QuantizedWeight]) -> None:
+    check_float32(OWNER, weights)  # readers take the dtype of the scales for that of the weights
     packable = _packable(model, weights)
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -95,7 +96,7 @@ def _packable(model: nn.Module, weights: list[QuantizedWeight]) -> dict[str, Qua
             )
         for name in weight.names:
             module, _, last = name.rpartition(".")
-            if last == "weight" and isinstance(modules[module], nn.Linear | nn.Embedding):
+            if module and last == "weight" and isinstance(modules[module], nn.Linear | nn.Embedding):
                 packable[module] = weight
             else:
                 others.append(name)

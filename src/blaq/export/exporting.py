@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from blaq.export.layers import QuantizedWeight, quantized_weights, shipped, weights_of_run
+from blaq.export.layers import quantized_weights, shipped, weights_of_run
 from blaq.export.preprocessing import preprocessing
 from blaq.export.runtimes import Session
 from blaq.export.verify import Verification, evaluation_batches, verify_outputs, verify_session, verify_weights
@@ -92,7 +92,7 @@ def check_target(owner: str, path: str | Path, preset: str, suffix: str, package
 
     Raises:
         ImportError: a package is missing.
-        ValueError: another preset, another suffix, no such directory.
+        ValueError: another preset, another suffix, no such directory; a directory of that name.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -104,13 +104,8 @@ def check_target(owner: str, path: str | Path, preset: str, suffix: str, package
         raise ValueError(f"{owner}(path={str(path)!r}): expected a name that ends in {suffix}.")
     if not path.parent.is_dir():
         raise ValueError(f"{owner}(path={str(path)!r}): there is no folder {str(path.parent)!r}.")
+    if path.is_dir():
+        raise ValueError(
+            f"{owner}(path={str(path)!r}): is a folder; expected the name of a file, new or to be replaced."
+        )
     return path
-
-
-def check_float32(owner: str, weights: Sequence[QuantizedWeight]) -> None:
-    """Refuse weights of another dtype than the runtimes compute with."""
-    for weight in weights:
-        if weight.dtype != torch.float32:
-            raise ValueError(
-                f"{owner}: {weight.name!r} is {weight.dtype}, expected float32; convert with model.float()."
-            )

@@ -37,9 +37,9 @@ def replacing(path: str | Path, *, folder: bool = False) -> Iterator[Path]:
     try:
         yield partial
         for file in [partial, *partial.rglob("*")]:
-            _flush(file)
+            flush(file)
         os.replace(partial, target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -59,7 +59,7 @@ def read_whole(path: str | Path) -> bytes:
     return path.read_bytes()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the disk hold a file, or a folder's entries: a new name must not outlive its contents in a power failure."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders

@@ -1,6 +1,6 @@
 """The quantized weights of a model as codes and scales: the one source that every exporter reads."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +129,15 @@ def named(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, ...]
         found.setdefault(id(tensor), ([], tensor))[0].append(name)
     for names, tensor in found.values():
         yield tuple(names), tensor
+
+
+def check_float32(owner: str, weights: Sequence[QuantizedWeight]) -> None:
+    """Refuse weights of another dtype than the runtimes compute with."""
+    for weight in weights:
+        if weight.dtype != torch.float32:
+            raise ValueError(
+                f"{owner}: {weight.name!r} is {weight.dtype}, expected float32; convert with model.float()."
+            )
 
 
 def weights_of_run(

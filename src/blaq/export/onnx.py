@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blaq.export.exporting import changing_axes, check_float32, check_target, export_checkpoint, export_model, resized
+from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model, resized
 from blaq.export.files import replacing
-from blaq.export.layers import QuantizedWeight
+from blaq.export.layers import QuantizedWeight, check_float32
 from blaq.export.packed_session import tensors
 from blaq.export.runtimes import Session
 from blaq.export.verify import Verification

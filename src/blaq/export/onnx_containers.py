@@ -143,7 +143,7 @@ def choose(weight: QuantizedWeight, preset: Preset, orientations: set[bool] | No
         orientations: for every matrix product that takes the weight whether it takes it transposed; None where others
             than matrix products take it.
     """
-    if orientations is None:
+    if orientations is None or len(weight.shape) != 2:  # a product of many matrices takes them all at once
         return None, "no linear layer"
     bits = compute_bits(weight.grid, preset)
     if bits is None:

@@ -11,8 +11,11 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from blaq.export.onnx import FORMAT_VERSION
+
 __all__ = ["OnnxSession"]
 
+ROWS = 256  # of an identity matrix at a time
 ERRORS_ONLY = 3
 
 
@@ -33,6 +36,12 @@ class OnnxSession:
             raise ValueError(
                 f"open_session({str(path)!r}): expected a file that `blaq export` wrote; it has no description."
             ) from error
+        version = description.get("format_version") if isinstance(description, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"open_session({str(path)!r}): format version {version}, expected {FORMAT_VERSION}; open it with the blaq that "
+                "wrote it."
+            )
         self._description: dict[str, Any] = description
 
     @property
@@ -100,7 +109,13 @@ class OnnxSession:
         K = attributes["K"].i
         part = _part(model, ["blaq.product"], [node])
         part.graph.input.append(helper.make_tensor_value_info("blaq.identity", TensorProto.FLOAT, ["rows", K]))
-        weight_KN = _run(self._open(part), (np.eye(K, dtype=np.float32),))[0]
+        session = self._open(part)
+        weight_KN = np.concatenate(
+            [  # an identity by pieces: as a whole it can be larger than the weight by far
+                _run(session, (np.eye(min(ROWS, K - start), K, k=start, dtype=np.float32),))[0]
+                for start in range(0, K, ROWS)
+            ]
+        )
         return weight_KN if transposed else np.ascontiguousarray(weight_KN.T)
 
     def _open(self, model: str | ModelProto) -> Any:

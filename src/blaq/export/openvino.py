@@ -7,6 +7,7 @@ convolution, or the gates that they reorder in an LSTM, would leave other weight
 import functools
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from blaq.export.exporting import changing_axes, check_float32, check_target, export_checkpoint, export_model
-from blaq.export.layers import QuantizedWeight
+from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model
+from blaq.export.files import flush
+from blaq.export.layers import QuantizedWeight, check_float32
 from blaq.optim.base import LatentOptimizer
 
 if TYPE_CHECKING:
@@ -155,12 +157,20 @@ def unverified(graph: "ov.Model", path: Path) -> "Iterator[Session]":
     from blaq.export.openvino_session import write
     from blaq.export.runtimes import open_session
 
-    partial = path.with_name(f".{path.stem}.partial.xml")
+    target = Path(os.path.realpath(path))
+    if target.with_suffix(".bin").exists() and not target.exists():
+        raise ValueError(
+            f"export_openvino(path={str(path)!r}): {target.with_suffix('.bin').name!r}, which would be replaced, is there "
+            f"without {target.name!r}; choose another name."
+        )
+    partial = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}.partial.xml")
     try:
         write(graph, partial)
         yield open_session(partial)
-        os.replace(partial.with_suffix(".bin"), path.with_suffix(".bin"))
-        os.replace(partial, path)
+        for made, name in ((partial.with_suffix(".bin"), target.with_suffix(".bin")), (partial, target)):
+            flush(made)
+            os.replace(made, name)
+        flush(target.parent)
     finally:
         partial.unlink(missing_ok=True)
         partial.with_suffix(".bin").unlink(missing_ok=True)

@@ -54,8 +54,17 @@ class OpenVINOSession:
         return self.outputs(*inputs)[0]
 
     def outputs(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
-        """All outputs."""
-        results = self._request.infer(list(inputs), share_inputs=True, share_outputs=False)
+        """All outputs.
+
+        Raises:
+            ValueError: OpenVINO cannot compute them, as for an axis that the graph has fixed.
+        """
+        try:
+            results = self._request.infer(list(inputs), share_inputs=True, share_outputs=False)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            shapes = ", ".join(str(x.shape) for x in inputs)
+            raise ValueError(f"OpenVINO cannot compute the outputs of inputs {shapes}: {reason}") from error
         return [results[k] for k in range(len(results))]
 
     def weights(self) -> dict[str, NDArray[np.float32]]:

@@ -144,9 +144,16 @@ def _collect(model: nn.Module, weights: list[QuantizedWeight], recipe: dict[str,
 
 
 def _load(file: PackedFile, model: nn.Module, owner: str) -> None:
-    present = model.state_dict()
+    present = model.state_dict(keep_vars=True)
     check_fits(present, file.shapes(), owner)
-    model.load_state_dict(file.state_dict(like=present))
+    values = file.state_dict(like=present)
+    for names, _ in named(present.items()):
+        if any(not torch.equal(values[names[0]], values[name]) for name in names[1:]):
+            raise ValueError(
+                f"{owner}: {' and '.join(names)} are one tensor of the model, and the file holds different ones for them; "
+                "pass the model it was saved from."
+            )
+    model.load_state_dict(values)
 
 
 def check_fits(present: Mapping[str, Any], shapes: Mapping[str, torch.Size], owner: str) -> None:

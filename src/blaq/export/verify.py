@@ -202,7 +202,7 @@ class _Comparison:
         shapes, wanted = [y.shape for y in outputs], [y.shape for y in expected]
         if shapes != wanted:
             raise VerificationError(f"verify: outputs of shape {shapes} in the runtime, {wanted} in torch.")
-        differences = np.array([_largest(y - z) for y, z in zip(outputs, expected, strict=True)])
+        differences = np.array([_largest(_minus(y, z)) for y, z in zip(outputs, expected, strict=True)])
         largest = np.array([_largest(z) for z in expected])
         if self._worst is None:
             self._differences, self._largest = np.zeros(len(outputs)), np.zeros(len(outputs))
@@ -245,6 +245,12 @@ def _first_difference(
         if not difference < allowed:
             return name, difference
     return None
+
+
+def _minus(y: NDArray[Any], z: NDArray[Any]) -> NDArray[Any]:
+    """The difference; of truth values whether they differ."""
+    found: NDArray[Any] = (y != z).astype(np.float32) if z.dtype == np.bool_ else y - z
+    return found
 
 
 def _largest(values: NDArray[Any]) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import open_run
+from blaq.train.directory import comparison_file, open_run
 
 Column = NDArray[np.float64]
 
@@ -92,8 +92,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        inside = sorted(file.parent for folder in (path / "runs", path) for file in folder.glob("*/recipe.toml"))
-        if not inside and (path / "recipe.toml").is_file() and not (path / "comparison.json").exists():
+        beside = (file.parent for folder in (path / "runs", path) for file in folder.glob("*/recipe.toml"))
+        inside = sorted(run for run in beside if not comparison_file(run).exists())
+        if not inside and (path / "recipe.toml").is_file() and not comparison_file(path).exists():
             inside = [path]
         if not inside:
             raise ValueError(
@@ -120,7 +121,7 @@ def read_sweeps(paths: Iterable[Path]) -> list[Sweep]:
     Raises:
         ValueError: a file that is not what they write.
     """
-    folders = {path.resolve(): path for path in paths if (path / "comparison.json").exists()}
+    folders = {path.resolve(): path for path in paths if comparison_file(path).exists()}
     return [_read_sweep(path) for path in folders.values()]
 
 
@@ -129,7 +130,7 @@ def _read_sweep(path: Path) -> Sweep:
     return Sweep(
         path=path,
         recipe=load_recipe(path / "recipe.toml"),
-        target=_json(path / "comparison.json").get("target"),
+        target=_json(comparison_file(path)).get("target"),
         failures={
             name: why
             for name, why in failures.items()

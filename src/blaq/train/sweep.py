@@ -1,6 +1,7 @@
 """Many runs: several side by side, finished ones not repeated, a failing one reported and the others kept."""
 
 import json
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from blaq.train.run import Result, read_result
 
 POLL_SECONDS = 0.2
 EXIT_TERMINATED = 143
+_OWN = {"runs", "tuning"}  # folders of a sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +197,7 @@ def claim(folder: Path, recipe: Recipe, design: Mapping[str, Any]) -> None:
     way_out = "choose another directory with --out."
     if recipe_file.exists() and not design_file.exists():
         raise ValueError(f"{owner}: the directory holds a run; {way_out}")
-    if not design_file.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not design_file.exists() and folder.exists() and (not folder.is_dir() or not set(os.listdir(folder)) <= _OWN):
         raise ValueError(f"{owner}: expected a new or empty directory, or one of a comparison; {way_out}")
     if design_file.exists():
         before = read_json(design_file)
