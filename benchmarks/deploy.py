@@ -232,7 +232,10 @@ def write(report: dict[str, Any], folder: Path) -> None:
         lines += ["", "## What 8-bit activations would give convolutions", "", *_int8(report["int8"])]
     if report["targets"]:
         lines += ["", "## What was aimed at", ""]
-        lines += ["Of the MLP in one of the runtimes, of networks with convolutions in each, at the slower batch size.", ""]
+        lines += [
+            "Of the MLP in one of the runtimes, of networks with convolutions in each, at the slower batch size.",
+            "",
+        ]
         lines += [f"- {'reached' if ok else '**missed**'}: {text}" for text, ok in report["targets"]]
     record(folder, "deploy", report, lines)
 

@@ -24,7 +24,7 @@ GRID, LR, BETAS, A_2D, STEPS_2D = "ternary", 0.2, (0.0, 0.99), 0.7, 60
 START_2D, MINIMUM = (1.5, 0.2), (0.6, -0.5)
 SUFFIXES = (".html", ".png", ".svg", ".pdf")
 ANGLE, STEEPNESS = 0.3, 20.0  # of the valley's axis, radians; curvature across it, 1 along it
-COLOURS = {"LAQ": "#D55E00", "BLAQ": "#0072B2"}  # Okabe and Ito: told apart by everyone
+COLOURS = {"LAQ": "#0072B2", "BLAQ": "#D55E00"}  # as in the report; Okabe and Ito: told apart by everyone
 
 
 def newton_path(a: float, steps: int = STEPS_1D) -> list[float]:

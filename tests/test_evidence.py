@@ -97,16 +97,22 @@ def test_pooled_p_is_that_of_the_linear_model(module: Module) -> None:
 def test_rank_correlation_within_groups(module: Module) -> None:
     noise, generator = module("noise"), np.random.default_rng(3)
     x, y = generator.normal(size=12), generator.normal(size=12)
-    rho, p = noise.rank_correlation(x, y, [0] * 12)
+    rho, p, within = noise.rank_correlation(x, y, [0] * 12)
     assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
     assert p == pytest.approx(stats.spearmanr(x, y).pvalue, abs=0.05)
     # A connection that is between the groups alone does not count.
     groups = np.repeat(np.arange(6), 4)
     x, y = (10 * groups + generator.normal(size=24) for _ in range(2))
-    rho, p = noise.rank_correlation(x, y, groups.tolist())
+    rho, p, within = noise.rank_correlation(x, y, groups.tolist())
     assert rho > 0.8
     assert p > 0.05
     assert noise.rank_correlation(x, x, groups.tolist())[1] < 0.001
+    # One that is reversed within them is told as such.
+    x, y = 10.0 * groups + np.tile(np.arange(4), 6), 10.0 * groups + np.tile(np.arange(4)[::-1], 6)
+    rho, p, within = noise.rank_correlation(x, y, groups.tolist())
+    assert rho > 0.8
+    assert p < 0.001
+    assert within < 0
     assert math.isnan(noise.rank_correlation(np.ones(5), np.arange(5.0), [0] * 5)[0])
 
 

@@ -25,8 +25,12 @@ class Times:
         self.report: Mapping[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
 
     def of(self, folder: Folder, setting: Setting) -> float | None:
-        """The ratio to AdamW of a step of the same network, method, bits and solver; None if it was not timed."""
+        """The ratio to AdamW of a step of the same network, method, bits and solver; None if it was not timed, as steps of BLAQ
+        are but with a trial in each.
+        """
         optim = folder.recipe_of(setting.runs[0]).optim
+        if optim.trains_by.trial == "fresh" and (optim.period, optim.trial_every) != (1, 1):
+            return None
         for entry in self.report.get("recipes", {}).values():
             network, batch = folder.recipe.model, folder.recipe.data.batch_size
             own = network.name, json.loads(json.dumps(dict(network.options))), batch

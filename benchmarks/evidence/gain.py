@@ -86,21 +86,21 @@ def correlation(points: Sequence[Point]) -> tuple[list[str], str]:
                 x, y = (np.array([getattr(point, field) for point in members]) for field in (zigzag, gain))
                 together = name == "blaq alone"  # one method a cell: the deal is over the cells
                 cells = [0 if together else (point.folder.name, point.bits) for point in members]
-                rho, p = rank_correlation(x, y, cells)
+                rho, p, within = rank_correlation(x, y, cells)
                 shown = "-" if math.isnan(rho) else f"{rho:+z.2f}"
                 rows.append([name, zigzag, gain.replace("_", " "), shown, p_text(p), str(len(members))])
                 if zigzag == "oscillation" and name in ("all", "same learning rate as LAQ"):
-                    sentences.append(_correlated(name, gain.replace("_", " "), rho, p, len(members)))
+                    sentences.append(_correlated(name, gain.replace("_", " "), rho, p, within, len(members)))
     return sentences, table(["points", "zig-zag", "gain in", "rank correlation", "p", "n"], rows)
 
 
-def _correlated(name: str, gain: str, rho: float, p: float, count: int) -> str:
+def _correlated(name: str, gain: str, rho: float, p: float, within: float, count: int) -> str:
     where = f"{name}, {count} points"
     if math.isnan(rho):
         return f"Oscillation and {gain} ({where}): too few points to say."
     if p >= LEVEL:
         return f"Oscillation and {gain} ({where}): no connection shown (rank correlation {rho:+z.2f}, {p_is(p)})."
-    way = "goes with a better result" if rho > 0 else "goes with a WORSE result"
+    way = "goes with a better result" if within > 0 else "goes with a WORSE result"
     return f"Oscillation and {gain} ({where}): its fall {way} (rank correlation {rho:+z.2f}, {p_is(p)})."
 
 

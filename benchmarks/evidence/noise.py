@@ -129,13 +129,14 @@ def sign_test(lower: int, higher: int) -> float:
     return float(stats.binomtest(lower, lower + higher).pvalue) if lower + higher else 1.0
 
 
-def rank_correlation(x: Values, y: Values, groups: Sequence[object], deals: int = DEALS) -> tuple[float, float]:
-    """Spearman's correlation, and the p of dealing y anew within the groups: what the groups share does not count for it.
+def rank_correlation(x: Values, y: Values, groups: Sequence[object], deals: int = DEALS) -> tuple[float, float, float]:
+    """Spearman's correlation; the p of dealing y anew within the groups; and how far the correlation is from what the groups
+    alone give: p is of that, and what the groups share does not count for either.
 
-    NaN and 1 where x or y does not vary.
+    NaN, 1 and NaN where x or y does not vary.
     """
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan, 1.0
+        return math.nan, 1.0, math.nan
     rank_x, rank_y = (stats.rankdata(of) - (len(of) + 1) / 2 for of in (x, y))
     size = math.sqrt(float(rank_x @ rank_x) * float(rank_y @ rank_y))
     members = [np.array([i for i, group in enumerate(groups) if group == of]) for of in dict.fromkeys(groups)]
@@ -148,4 +149,4 @@ def rank_correlation(x: Values, y: Values, groups: Sequence[object], deals: int 
     # Two-sided about what the groups alone give.
     centre = total.mean()
     as_far = np.count_nonzero(np.abs(total - centre) >= abs(rho * size - centre) * (1 - 1e-9))
-    return rho, (1 + as_far) / (1 + deals)
+    return rho, (1 + as_far) / (1 + deals), rho - float(centre) / size

@@ -77,6 +77,15 @@ def test_a_setting_that_is_not_the_methods_makes_panels(tmp_path: Path, write_ru
     assert all(labels(panel) == ["LAQ", "BLAQ"] for panel in task.panels)
 
 
+def test_a_rule_that_some_runs_have_makes_panels(tmp_path: Path, write_run: WriteRun) -> None:
+    for name, rules in (("without", {}), ("with", {"fc1": "float"})):
+        for method in ("float", "laq"):
+            write_run(tmp_path / name / method, method=method, rules=rules, seed=len(rules))
+    (task,) = arrange(read_runs([tmp_path / "without", tmp_path / "with"]))
+    assert [panel.label for panel in task.panels] == ["1 bit (binary), fc1 = none", "1 bit (binary), fc1 = float"]
+    assert [labels(panel) for panel in task.panels] == [["float32", "LAQ"]] * 2  # float reads no rules
+
+
 def test_a_equal_to_one_is_laq(tmp_path: Path, write_run: WriteRun) -> None:
     write_run(tmp_path / "a", method="blaq", a=1.0)
     write_run(tmp_path / "b", method="blaq", a=0.9)

@@ -8,6 +8,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from blaq.report import rules
+from blaq.report.ablation import ablations
 from blaq.report.page import build
 from blaq.report.panels import arrange
 from blaq.report.read import read_runs
@@ -283,3 +284,39 @@ def test_slower_needs_enough_epochs() -> None:
 
 def test_growth_needs_enough_probes() -> None:
     assert math.isnan(rules.growth([1, 1, math.nan, 9, 9, 9]))
+
+
+def test_laq_is_that_of_the_rate_that_validation_chooses(tmp_path: Path, write_run: WriteRun) -> None:
+    for rate, error, scale in ((0.0001, 9.0, 3.0), (0.01, 2.0, 1.0)):
+        for method in ("float", "laq", "blaq"):
+            for seed in range(3):
+                loss = [scale * 0.9**epoch for epoch in range(10)]
+                own = error + 0.1 * seed + (0.5 if method == "laq" else 0.0)
+                write_run(
+                    tmp_path / f"{method}-{rate}-{seed}", method=method, seed=seed, test_error=own, loss=loss, lr=rate
+                )
+    (task,) = arrange(read_runs([tmp_path]))
+    (panel,) = task.panels
+    cost = next(found for found in verdict(panel, text=False) if "smaller than float32" in found.head)
+    assert cost.head.startswith("LAQ, learning rate = 0.01 weights")
+    assert "0.50" in cost.text
+    titles = [title for figure in ablations(panel, "x", text=False) for title in figure.titles.values()]
+    assert not any("9." in title for title in titles)
+    assert any("LAQ, learning rate = 0.01's" in title for title in titles)
+
+
+def test_a_shorter_run_is_not_slow() -> None:
+    """It ended before it could have been."""
+    laq = [math.exp(-0.1 * epoch) for epoch in range(1, 21)]
+    shorter = [math.exp(-0.099 * epoch) for epoch in range(1, 11)]
+    assert math.isnan(rules.slower(range(1, 11), shorter, range(1, 21), laq))
+    assert rules.slower(range(1, 21), [1.0] * 20, range(1, 21), laq) == math.inf
+
+
+def test_a_curve_that_begins_after_the_other_ends_is_said(tmp_path: Path, write_run: WriteRun) -> None:
+    for seed in range(3):
+        for method in ("laq", "blaq"):
+            write_run(tmp_path / f"{method}-{seed}", method=method, seed=seed, epochs=1)
+    heads = [found.head for found in statements(tmp_path)]
+    assert "BLAQ and LAQ cannot be set against each other at equal gradient evaluations" in heads
+    assert not any("share no seed" in head for head in heads)

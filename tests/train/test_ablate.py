@@ -160,3 +160,10 @@ def test_the_grid_is_run_and_written(tmp_path: Path) -> None:
     for table in rich_tables(found.groups, RECIPE):
         screen.print(table)
     assert "…" not in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_single_seed_claims_nothing() -> None:
+    (line,) = ablation(
+        runs({"optim.a": "0.3"}, 3.0), runs({"optim.a": "0.6"}, 1.0, validation=1.0), runs({"optim.a": "1"}, 2.0)
+    ).conclusion()
+    assert line.endswith("LAQ (a=1) has 2.00 % [a single seed, which cannot tell anything from seed noise].")

@@ -64,3 +64,12 @@ def test_mean_and_standard_deviation() -> None:
     assert sample.sd == pytest.approx(math.sqrt(sum((value - sample.mean) ** 2 for value in values) / 2))
     assert math.isnan(Sample((1.0,)).sd)
     assert Sample((1.0,)).show(1) == "1.0"
+
+
+def test_rounding_is_no_spread() -> None:
+    """One example more of 500 in either pair: errors are floats, their differences not equal to the last bit."""
+    difference = Difference((1.3 - 1.2, 2.3 - 2.2))
+    assert len(set(difference.values)) == 2
+    assert math.isnan(difference.half_width)
+    assert difference.verdict == "open"
+    assert Difference((0.0, 0.0)).verdict == "open"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from blaq.report.contrast import best as lowest
 from blaq.report.contrast import validation_field
 from blaq.report.figures import BLUE, BLUES, VERMILLION, Figure, View, axis_label, base_layout, encoded
 from blaq.report.panels import Panel, Variant
@@ -64,11 +65,12 @@ def _title(panel: Panel, variants: Sequence[Variant], name: str, *, text: bool) 
     best = min(variants, key=lambda variant: variant.mean(validation_field(text)))
     what, unit = FIELDS[name].removesuffix(" (%)"), " %" if name == "test_error" else ""
     title = f"Validation data choose {best.label}: {what} {_shown(best, name)}{unit}"
-    laq = next((variant for variant in panel.controls if variant.method == "laq"), next(iter(panel.controls), None))
-    if laq is None or laq is best:
+    named = [variant for variant in panel.controls if variant.method == "laq"]
+    laq = lowest(named or panel.controls, text=text)
+    if laq is None or laq is best or best.method == "laq":
         return title
     stands = standing(paired(best.results(name), laq.results(name)))
-    whose = "LAQ's" if laq.method == "laq" else "LAQ's (a = 1)"
+    whose = ("LAQ's" if len(named) == 1 else f"{laq.label}'s") if named else "LAQ's (a = 1)"
     said = {"ahead": "lower than", "behind": "higher than", "level": "within seed noise of", "unknown": "beside"}
     return f"{title}, {said[stands]} {whose} {_shown(laq, name)}{unit}"
 
@@ -77,7 +79,10 @@ def _caption(variants: Sequence[Variant]) -> str:
     seeds = sorted({len(variant.runs) for variant in variants})
     of = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     spread = "mean ± one standard deviation" if seeds[-1] > 1 else "one run"
-    return f"Every value is the {spread} of {of} {'seed' if seeds == [1] else 'seeds'}, at the end of training."
+    return (
+        f"Every value is the {spread} of {of} {'seed' if seeds == [1] else 'seeds'}: test values at the epoch with the lowest "
+        "validation error, training loss of the last epoch."
+    )
 
 
 def _heat_maps(
@@ -125,7 +130,7 @@ def _heat_map(
 def _points(panel: Panel, variants: Sequence[Variant], setting: str, slug: str, *, text: bool) -> Figure:
     ordered = sorted(variants, key=lambda variant: _values(variants, setting).index(variant.settings.get(setting)))
     values = [variant.settings.get(setting) for variant in ordered]
-    laq = next((v for v in panel.controls if v.method == "laq" and v not in variants), None)
+    laq = lowest([v for v in panel.controls if v.method == "laq" and v not in variants], text=text)
     y = {}
     for name in _fields(text):
         spread = [_spread(variant, name) for variant in ordered]
@@ -143,7 +148,7 @@ def _points(panel: Panel, variants: Sequence[Variant], setting: str, slug: str, 
     }]  # fmt: skip
     if laq is not None:
         traces.append(
-            {"type": "scatter", "mode": "lines", "name": "LAQ", "x": x, "line": {"color": BLUE, "dash": "dash"}}
+            {"type": "scatter", "mode": "lines", "name": laq.label, "x": x, "line": {"color": BLUE, "dash": "dash"}}
         )
     layout = base_layout()
     layout["xaxis"] |= {"type": "category", "title": {"text": axis_label(setting)}}

@@ -1,6 +1,7 @@
 """A variant set against LAQ: which LAQ, at how many steps or gradients, and by how much they differ."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,11 @@ class Comparison:
     at_end: bool
     main: Difference | None
     loss: Difference | None
+
+
+def best(variants: Sequence[Variant], *, text: bool) -> Variant | None:
+    """That of the lowest mean validation error (text: loss); None of none."""
+    return min(variants, key=lambda variant: variant.mean(validation_field(text)), default=None)
 
 
 def featured(panel: Panel, *, text: bool) -> list[Variant]:

@@ -258,7 +258,11 @@ def _convergence_title(panel: Panel, measure: str, axis: Any, *, text: bool) -> 
         found = compare(variant, panel, axis, text=text)
         if found is None:
             continue
-        stands = standing(difference_at(variant, found.control, axis, measure, found.point))
+        difference = difference_at(variant, found.control, axis, measure, found.point)
+        if difference is None:
+            parts.append(f"{variant.label} not comparable")
+            continue
+        stands = standing(difference)
         said = {"ahead": "lower", "behind": "higher", "level": "within seed noise", "unknown": "one seed, no claim"}
         parts.append(f"{variant.label} {said[stands]}")
     if parts:

@@ -13,9 +13,9 @@ from blaq import __version__
 from blaq.report.ablation import ablations
 from blaq.report.contrast import challengers, featured
 from blaq.report.figures import Figure, View, convergence, zigzag
-from blaq.report.panels import Panel, Task, arrange, task_key
+from blaq.report.panels import Panel, Task, arrange, differing_settings, task_key
 from blaq.report.read import Run, Sweep
-from blaq.report.settings import method_name, setting_name
+from blaq.report.settings import OF_THE_LENGTH, OF_THE_METHOD, method_name, read_settings, setting_name
 from blaq.report.signs import PROBE, broken_off, failed
 from blaq.report.tables import Table, costs, layer_table, run_table, version_table
 from blaq.report.verdict import headline, verdict
@@ -161,7 +161,11 @@ def _task(task: Task, prefix: str, sweeps: Sequence[Sweep]) -> TaskPart:
     text = task.text
     own = [sweep for sweep in sweeps if task_key(sweep.recipe) == task_key(task.runs[0].recipe)]
     targets = {sweep.target for sweep in own if sweep.target is not None}
-    panels = [_panel(panel, f"{prefix}{slug(panel.label) or 'all'}", targets, text=text) for panel in task.panels]
+    keys: list[str] = []
+    for panel in task.panels:  # labels that differ in signs alone have one slug
+        key = f"{prefix}{slug(panel.label) or 'all'}"
+        keys.append(key if key not in keys else f"{key}-{len(keys) + 1}")
+    panels = [_panel(panel, key, targets, text=text) for panel, key in zip(task.panels, keys, strict=True)]
     first = next((run for run in task.runs if run.result is not None), task.runs[0])
     return TaskPart(
         key=prefix.removesuffix("-") or "task",
@@ -234,6 +238,9 @@ def _differences(task: Task) -> list[str]:
     if len(bits) > 1:
         lines.append(f"bits: {', '.join(bits)}")
     varied: dict[str, dict[str, None]] = {}
+    settings = [read_settings(run) for run in task.runs if run.recipe.optim.trains_by.quantized]
+    for name in sorted(differing_settings(settings) - {*OF_THE_METHOD, *OF_THE_LENGTH, "optim.bits"}):
+        varied[name] = dict.fromkeys(str(of.get(name, "none")) for of in settings)
     for panel in task.panels:
         for name, values in panel.varied.items():
             varied.setdefault(name, {}).update(dict.fromkeys(map(str, values)))

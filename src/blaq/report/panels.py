@@ -160,13 +160,14 @@ def _task(runs: Sequence[Run]) -> Task:
         if not any(_agree(key, shared) for shared in panel_settings):
             panel_settings.append(key)
     panel_settings.sort(key=lambda shared: _order(shared.get("optim.bits")))
-    differing = _differing(panel_settings)
+    differing = differing_settings(panel_settings)
     panels = []
     for shared in panel_settings:
         members = [(run, of) for run, of, key in zip(runs, settings, keys, strict=True) if _agree(key, shared)]
         finished = [(run, of) for run, of in members if run.result is not None and run.epochs]
-        names = [name for name in shared if name in differing or name == "optim.bits"]
-        label = ", ".join(setting_text(name, shared[name]) for name in names)
+        stated = list(shared) if "optim.bits" not in shared else [*shared, *sorted(differing - set(shared))]
+        names = [name for name in stated if name in differing or name == "optim.bits"]
+        label = ", ".join(setting_text(name, shared.get(name)) for name in names)
         if finished:
             panels.append(_panel(label, finished))
     title = runs[0].recipe.title
@@ -179,6 +180,13 @@ def _agree(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> bool:
     return (
         settings == shared if quantized else all(shared.get(name, value) == value for name, value in settings.items())
     )
+
+
+def differing_settings(settings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Those that differ among settings, or that some with a grid have and others not, as a rule for a layer."""
+    quantized = [set(of) for of in settings if "optim.bits" in of]
+    in_some = quantized[0].union(*quantized) - quantized[0].intersection(*quantized) if quantized else set()
+    return _differing(settings) | in_some
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -69,17 +69,22 @@ def reached(x: Values, loss: Values, target: float) -> float:
 
 
 def slower(steps: Values, loss: Values, laq_steps: Values, laq_loss: Values) -> float:
-    """Steps to the loss that LAQ has at half of its run, relative to LAQ's; NaN where LAQ has too few epochs to say.
+    """Steps to the loss that LAQ has at half of its run, relative to LAQ's; infinite if it is never reached; NaN where LAQ has
+    too few epochs to say, or a run that does not reach it ends too early to be slow.
 
     Example:
         >>> slower([1, 2, 3, 4], [8, 6, 5, 4], [1, 2, 3, 4], [8, 4, 3, 2])
         2.0
+        >>> slower([1, 2], [8, 5], [1, 2, 3, 4], [8, 4, 3, 2])
+        nan
     """
     if len(laq_loss) < 4:
         return math.nan
     half = len(laq_loss) // 2
     target = laq_loss[half - 1]
-    return reached(steps, loss, target) / reached(laq_steps, laq_loss, target)
+    own, laq = reached(steps, loss, target), reached(laq_steps, laq_loss, target)
+    ended_early = math.isinf(own) and (not len(steps) or steps[-1] <= SLOW * laq)
+    return math.nan if ended_early else own / laq
 
 
 def is_slow(ratio: float) -> bool:

@@ -63,8 +63,13 @@ def read_settings(run: Run) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat.items()
-        if name not in NOT_COMPARED and name not in ignored and not name.startswith("probes.")
+        if name not in NOT_COMPARED and not name.startswith("probes.") and not _within(name, ignored)
     }
+
+
+def _within(name: str, ignored: Iterable[str]) -> bool:
+    """Whether a setting, or the table that it is in, is among others: a rule is in the table of rules."""
+    return any(name == other or name.startswith(f"{other}.") for other in ignored)
 
 
 def _flat(tree: Mapping[str, Any], at: str = "") -> Iterable[tuple[str, Any]]:

@@ -48,7 +48,7 @@ def failed(sweeps: Sequence[Sweep]) -> Iterator[Statement]:
         yield Statement(
             "sign",
             f"{count} {'run' if count == 1 else 'runs'} of {sweep.path.resolve().name} failed",
-            f"{'; '.join(messages[:MOST_MESSAGES])}{rest}.".replace("..", "."),
+            f"{'; '.join(messages[:MOST_MESSAGES])}{rest}".removesuffix(".") + ".",
             "All messages are in its results.json, what a run's process wrote in the run's output.txt.",
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 from blaq.report.figures import Figure, View
 
 FORMATS = ("png", "svg")
-SECONDS, ATTEMPTS = 120, 2  # a browser may never answer; a new one does
+SECONDS, SECONDS_EACH, ATTEMPTS = 60, 2, 2  # a browser may never answer; a new one does
 WIDTH = 900  # pixels; PNG has twice as many in either direction
 CHARACTERS = 92  # of a title on a line of that width
 
@@ -39,12 +39,13 @@ def write_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
             jobs.append({"fig": go.Figure(spec), "path": folder / f"{name}.{suffix}", "opts": options})
     # Without MathJax, which kaleido would fetch from the network.
     options = {"kopts": {"page_generator": kaleido.PageGenerator(mathjax=False)}, "cancel_on_error": True}
+    seconds = SECONDS + SECONDS_EACH * len(jobs)
     try:
         if not any(
-            _within(SECONDS, lambda: kaleido.write_fig_from_object_sync(jobs, **options)) for _ in range(ATTEMPTS)
+            _within(seconds, lambda: kaleido.write_fig_from_object_sync(jobs, **options)) for _ in range(ATTEMPTS)
         ):
             raise ValueError(
-                f"report(figures={str(folder)!r}): the browser has not drawn {len(jobs)} files, {ATTEMPTS} times in {SECONDS} "
+                f"report(figures={str(folder)!r}): the browser has not drawn {len(jobs)} files, {ATTEMPTS} times in {seconds} "
                 "seconds; try again, or leave --figures out."
             )
     except ChromeNotFoundError:

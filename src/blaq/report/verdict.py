@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from blaq.report import rules
-from blaq.report.contrast import AXIS_WORDS, Comparison, challengers, compare
+from blaq.report.contrast import AXIS_WORDS, Comparison, best, challengers, compare
 from blaq.report.panels import Panel, Task, Variant
 from blaq.report.settings import method_name
 from blaq.report.signs import own_signs, signs
@@ -31,7 +31,8 @@ def verdict(panel: Panel, *, text: bool) -> list[Statement]:
         if at_steps is not None and at_gradients is None:
             statements.append(_no_gradient_control(variant))
         statements += signs(variant, at_steps)
-    statements += [sign for variant in panel.controls[:1] for sign in own_signs(variant)]
+    control = best(panel.controls, text=text)
+    statements += own_signs(control) if control is not None else ()
     statements += _float_cost(panel, text=text)
     statements += _selection(panel, rivals, text=text)
     return list({statement.head: statement for statement in statements}.values())
@@ -74,6 +75,13 @@ def _standings(at_steps: Comparison | None, at_gradients: Comparison | None, *, 
 def _standing(comparison: Comparison, words: str, *, text: bool) -> Statement:
     one, other = comparison.variant.label, comparison.control.label
     if comparison.main is None or comparison.loss is None:
+        if set(comparison.variant.seeds) & set(comparison.control.seeds):
+            return Statement(
+                "note",
+                f"{one} and {other} cannot be set against each other at equal {words}",
+                f"The shorter runs end at {comparison.point:,.0f} {words}, before the first epoch of the longer ones.",
+                "Train for more epochs, or `blaq compare ... --budget gradients`.",
+            )
         return Statement(
             "note",
             f"{one} and {other} share no seed to pair at equal {words}",
@@ -138,10 +146,10 @@ def _no_gradient_control(variant: Variant) -> Statement:
 
 
 def _float_cost(panel: Panel, *, text: bool) -> Iterator[Statement]:
-    full = next((variant for variant in panel.variants if not variant.quantized), None)
-    if full is None or not panel.controls:
+    full = best([variant for variant in panel.variants if not variant.quantized], text=text)
+    control = best(panel.controls, text=text)
+    if full is None or control is None:
         return
-    control = panel.controls[0]
     field, show = ("test_loss", plain) if text else ("test_error", points)
     cost = paired(control.results(field), full.results(field))
     if cost is not None and not math.isnan(full.mean("bytes") / control.mean("bytes")):
@@ -158,7 +166,9 @@ def _selection(panel: Panel, rivals: Sequence[Variant], *, text: bool) -> Iterat
     if len(tried) <= len(rivals) or not panel.controls:
         return
     found = [compare(variant, panel, "steps", text=text) for variant in tried]
-    standings = [rules.standing(of.main) for of in found if of is not None]
+    standings = [stands for of in found if of is not None and (stands := rules.standing(of.main)) != "unknown"]
+    if not standings:  # of single seeds nothing can be counted
+        return
     ahead, behind = standings.count("ahead"), standings.count("behind")
     yield Statement(
         "note",

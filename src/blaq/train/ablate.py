@@ -92,8 +92,14 @@ class Ablation:
         for setting, difference in zip(group.settings, group.differences(measure.field), strict=True):
             if difference is not None and not self._is_laq(setting):
                 found[difference.verdict].append(f"{setting.name} ({difference.show(measure.digits)})")
+        differences = [of for of in group.differences(measure.field) if of is not None]
         count = sum(map(len, found.values()))
         chance = (1 - CONFIDENCE) * count
+        if all(len(of.values) == 1 for of in differences):
+            return (
+                f"{line}LAQ ({group.reference.name}) has {group.reference.sample(measure.field).show(measure.digits)}"
+                f"{measure.unit} [a single seed, which cannot tell anything from seed noise]."
+            )
         return (
             f"{line}against LAQ ({group.reference.name}: {group.reference.sample(measure.field).show(measure.digits)}"
             f"{measure.unit}) {_some(found['lower'])} ahead, {_some(found['higher'])} behind, {len(found['open'])} not told "

@@ -59,10 +59,15 @@ class Difference:
         return statistics.fmean(self.values)
 
     @property
+    def spread(self) -> bool:
+        """Whether the differences differ by more than the rounding of what they are of: errors are multiples of an example."""
+        return max(self.values) - min(self.values) > 1e-9 * max(map(abs, self.values))
+
+    @property
     def half_width(self) -> float:
         """Half the length of the interval; NaN where there is none: for one pair, and for pairs without any spread."""
         count = len(self.values)
-        if count < 2 or len(set(self.values)) == 1:
+        if count < 2 or not self.spread:
             return math.nan
         from scipy.stats import t
 

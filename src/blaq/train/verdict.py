@@ -48,7 +48,7 @@ def _basis(group: Group, measure: Measure, budget: Budget) -> str:
 
 
 def _flat(difference: Difference) -> bool:
-    return len(difference.values) > 1 and len(set(difference.values)) == 1
+    return len(difference.values) > 1 and not difference.spread
 
 
 def _cost(group: Group) -> str:
