@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model, resized
 from blaq.export.files import replacing
 from blaq.export.layers import QuantizedWeight, check_float32
+from blaq.export.onnx_containers import FORMAT_VERSION
 from blaq.export.packed_session import tensors
 from blaq.export.runtimes import Session
 from blaq.export.verify import Verification
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT_VERSION", "OPSET", "export_onnx", "export_run"]
 
-FORMAT_VERSION = 1
 # What torch writes without converting versions, and all that the graph needs: no 2- or 4-bit types, which came later and
 # which runtimes handle differently (ONNX Runtime 1.32 has no kernels for the newest opset, 28).
 OPSET = 20

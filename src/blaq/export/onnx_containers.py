@@ -16,6 +16,7 @@ from blaq.export.layers import QuantizedWeight
 from blaq.export.packing import TRITS, pack, unpack
 from blaq.grids import Grid
 
+FORMAT_VERSION = 1  # of the description that a file holds
 __all__ = ["PRESETS", "Blocks", "Container", "blocks", "choose", "compute_bits", "packed", "storage", "table"]
 
 Preset = Literal["exact", "fast"]

@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from blaq.export.onnx import FORMAT_VERSION
+from blaq.export.onnx_containers import FORMAT_VERSION
 
 __all__ = ["OnnxSession"]
 
