@@ -16,9 +16,9 @@ from blaq.export.layers import QuantizedWeight
 from blaq.export.packing import TRITS, pack, unpack
 from blaq.grids import Grid
 
-FORMAT_VERSION = 1  # of the description that a file holds
 __all__ = ["PRESETS", "Blocks", "Container", "blocks", "choose", "compute_bits", "packed", "storage", "table"]
 
+FORMAT_VERSION = 1  # of the description that a file holds
 Preset = Literal["exact", "fast"]
 PRESETS: tuple[Preset, ...] = ("exact", "fast")
 # Of a container: how many codes there are, and how many a byte holds.
