@@ -420,13 +420,8 @@ def test_codes_are_those_of_the_optimizer(grid: str, granularity: Any, dtype: to
     opt = blaq.LAQ([{"params": [p], "grid": grid, "granularity": granularity}])
     zigzag = ZigZag(opt)
     codes, expected = zigzag.state_dict()["layers"][0]["codes"], opt.codes(p)
-    scaled = (opt.scale(p) > 0).all(1, keepdim=True)
-    alike = scaled.repeat_interleave(p.numel() // len(scaled), 1).view_as(p) | (p != 0)
     assert codes.dtype == torch.uint8
-    assert codes[alike].equal(expected[alike])
-    levels = blaq.Grid.parse(grid).levels
-    assert (levels[codes[~alike].long()].abs() == levels.abs().min()).all()
-    assert len(codes[~alike].unique()) <= 1  # a code that stays
+    assert codes.equal(expected)
 
 
 # --- looking changes nothing ------------------------------------------------------------------------------------------

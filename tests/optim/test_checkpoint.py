@@ -320,3 +320,14 @@ def test_nothing_is_saved_or_loaded_at_the_trial_point() -> None:
     for attempt in attempts:
         with pytest.raises(ValueError, match="a step is under way at its trial point"):
             attempt()
+
+
+@pytest.mark.parametrize("key", ["latent", "exp_avg", "exp_avg_sq", "scale"])
+def test_a_state_that_is_not_finite_is_refused(key: str, new_task: Any, assert_identical: Any) -> None:
+    task = new_task().train(range(2))
+    state = copy.deepcopy(task.opt.state_dict())
+    state["state"][0][key].view(-1)[0] = float("nan")
+    before = task.everything()
+    with pytest.raises(ValueError, match=rf"NaN or Inf in {key} of '0\.weight'"):
+        task.opt.load_state_dict(state)
+    assert_identical(before, task.everything())

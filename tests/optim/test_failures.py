@@ -197,7 +197,7 @@ def test_latent_weights_spoiled_between_steps_are_an_error(solver: str, bad: flo
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4], ids=lambda steps: f"after {steps}")
-@pytest.mark.parametrize("mode", ["none", "past", "delayed"])
+@pytest.mark.parametrize("mode", ["fresh", "none", "past", "delayed"])
 @pytest.mark.parametrize("many", [False, True], ids=["alone", "together"])
 def test_an_interruption_inside_the_solver_leaves_weights_on_their_grid(
     mode: str, many: bool, steps: int, monkeypatch: pytest.MonkeyPatch
@@ -205,24 +205,31 @@ def test_an_interruption_inside_the_solver_leaves_weights_on_their_grid(
     """The step is half taken then, but no parameter holds what is not quantized, and nobody is told to adopt it."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(1 + many)]
+    parameters.append(nn.Parameter(torch.randn(5, 3, generator=generator)))  # stepped after the others
     groups = [{"params": parameters, "grid": "ternary", "solver": "exact"}]
     opt = blaq.BLAQ(groups, lr=0.1, trial=mode)
 
     def step() -> None:
-        for p in parameters:
-            p.grad = torch.randn(4, 6, generator=generator)
-        opt.step()
+        for half in (opt.forward_step, opt.backtrack_step) if mode == "fresh" else (opt.step,):
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator)
+            half()
 
     for _ in range(steps):
         step()
+    latent = opt.latent(parameters[-1]).clone()
 
     def interrupted(*_: Any, **__: Any) -> Tensor:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "solve", interrupted)
+        solve = running.solve
+        calls = iter([solve, solve, interrupted] if mode == "fresh" else [interrupted])  # on the way back
+        patch.setattr(running, "solve", lambda *args, **kwargs: next(calls)(*args, **kwargs))
         with pytest.raises(KeyboardInterrupt):
             step()
+    if steps or mode != "past":
+        assert torch.equal(opt.latent(parameters[-1]), latent)
     for p in parameters:
         assert torch.equal(opt.codes(p), opt.codes(p))  # refuses what is not on the grid
     step()

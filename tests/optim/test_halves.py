@@ -258,3 +258,14 @@ def test_a_first_gradient_that_is_overwritten_is_an_error(new_task: NewTask, ass
     ):
         task.opt.step(closure)
     assert_identical(before, task.everything())
+
+
+def test_an_evaluation_around_the_second_pass_alone_is_no_error(new_task: NewTask) -> None:
+    task = new_task()
+    task.closure(0)()
+    task.opt.forward_step()
+    task.opt.zero_grad()
+    with task.opt.evaluation():
+        task.loss(0).backward()
+    task.opt.backtrack_step()
+    assert task.opt.gradient_evaluations == 2

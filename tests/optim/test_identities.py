@@ -248,3 +248,21 @@ def test_one_warning_where_nothing_is_quantized(method: type[blaq.BLAQ]) -> None
     assert len(caught) == 1
     assert str(caught[0].message).startswith(f"{method.__name__}: no parameter group has a grid")
     assert caught[0].filename == __file__  # it points at the line to change
+
+
+@pytest.mark.parametrize("grid", ["binary", "ternary", "ternary2", "linear4", "log4", "midrise2"])
+def test_a_of_one_is_laq_compiled_too(grid: str) -> None:
+    """Other code then, with a second gradient that has no weight: equal but for the last digits of sums."""
+    held = []
+    for trial in ("fresh", "none"):
+        generator = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(64, 256, generator=generator))
+        opt = blaq.BLAQ([{"params": [p], "grid": grid}], lr=0.01, a=1.0, trial=trial, compile=True)
+        for _ in range(5):
+            gradient = torch.randn(64, 256, generator=generator)
+            for half in (opt.forward_step, opt.backtrack_step) if trial == "fresh" else (opt.step,):
+                p.grad = gradient.clone() if half != opt.backtrack_step else torch.ones_like(p)
+                half()
+        held.append((opt.latent(p).clone(), opt.scale(p), p.detach().clone()))
+    for one, other in zip(*held, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

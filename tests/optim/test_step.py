@@ -199,3 +199,32 @@ def test_tied_weights_are_one_parameter() -> None:
         ends.append(next(module.parameters()).detach())
     assert torch.equal(*ends)
     assert tied[2].weight is tied[0].weight
+
+
+def test_a_closure_that_adds_to_earlier_gradients_is_refused(new_task: Any, assert_identical: Any) -> None:
+    task = new_task().train(range(2))
+    task.closure(2)()  # gradients of another mini-batch, to which the next are added
+
+    def adding() -> None:
+        task.loss(3).backward()
+
+    state = task.everything()["state"]
+    with pytest.raises(ValueError, match=r"adds to the gradient that '0\.weight' had before.*call zero_grad"):
+        task.opt.step(adding)
+    assert_identical(state, task.everything()["state"])
+    task.opt.zero_grad()
+    task.opt.step(adding)  # nothing to add to: the same as with zero_grad() inside
+    task.opt.step(task.closure(4, set_to_none=False))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("grid", ["binary", "ternary", "linear3", "linear4", "midrise2", "log3"])
+def test_a_trained_layer_takes_every_level(grid: str, compile: bool) -> None:
+    """As many distinct values as there are levels, exactly: no two of them are one, none is missing."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 64, generator=generator))
+    opt = blaq.LAQ([{"params": [p], "grid": grid}], lr=0.01, compile=compile)
+    for _ in range(4):
+        p.grad = torch.randn(64, 64, generator=generator)
+        opt.step()
+    assert p.unique().numel() == len(blaq.Grid.parse(grid).levels)

@@ -349,6 +349,14 @@ def test_what_another_process_decodes_is_waited_for(folder, tmp_path, monkeypatc
         assert torch.equal(getattr(first, split).inputs, getattr(second, split).inputs)
 
 
+def test_images_are_decoded_where_a_file_system_has_no_locks(folder, monkeypatch):
+    def refused(*args, **kwargs):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert len(load_dataset(str(folder), validation=10).train) > 0
+
+
 def test_the_cache_is_for_the_content_not_for_the_place(folder, tmp_path, monkeypatch):
     before = which(load_dataset(str(folder)).test)
     (tmp_path / "elsewhere").mkdir()

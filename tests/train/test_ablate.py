@@ -167,3 +167,11 @@ def test_a_single_seed_claims_nothing() -> None:
         runs({"optim.a": "0.3"}, 3.0), runs({"optim.a": "0.6"}, 1.0, validation=1.0), runs({"optim.a": "1"}, 2.0)
     ).conclusion()
     assert line.endswith("LAQ (a=1) has 2.00 % [a single seed, which cannot tell anything from seed noise].")
+
+
+def test_laq_alone_is_not_called_a_single_seed() -> None:
+    lines = ablation(
+        *[runs({"optim.method": "laq", "optim.bits": bits}, 2.0, 2.1, 2.2) for bits in ("1", "2")]
+    ).conclusion()
+    assert len(lines) == 2
+    assert all(line.endswith("2.10 ± 0.10 % [no setting beside it].") for line in lines)

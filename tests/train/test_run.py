@@ -26,7 +26,7 @@ from blaq.train import journal
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, load_recipe
 from blaq.train.display import Display
 from blaq.train.module import TaskModule
-from blaq.train.run import evaluate, load_data, train
+from blaq.train.run import _settings, _trainer, evaluate, load_data, train
 
 STEPS = 6  # an epoch: 300 examples, 50 a batch
 SETTINGS = {
@@ -389,10 +389,12 @@ def test_a_damaged_checkpoint_is_said(name: str, tmp_path: Path) -> None:
         train(RECIPE, tmp_path, progress=False, display=Interruption(STEPS + 1))
     path = tmp_path / "checkpoints" / f"{name}.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=rf"{name}\.ckpt' is damaged .*; take the other checkpoint"):
+    with pytest.raises(
+        ValueError, match=rf"{name}\.ckpt' cannot be read .*; if it is damaged, take the other checkpoint"
+    ):
         evaluate(tmp_path, checkpoint=name)  # type: ignore[arg-type]
     if name == "last":
-        with pytest.raises(ValueError, match="is damaged"):
+        with pytest.raises(ValueError, match="cannot be read"):
             train(RECIPE, tmp_path, resume=True, progress=False)
 
 
@@ -406,10 +408,16 @@ def test_damaged_metrics_are_said(tmp_path: Path) -> None:
 
 def test_a_run_without_a_trial_is_refused(tmp_path: Path) -> None:
     recipe = RECIPE.with_(["optim.method=blaq", "optim.period=1", f"optim.trial_every={4 * STEPS + 1}"])
-    with pytest.raises(
-        ValueError, match=rf"optim\.trial_every={4 * STEPS + 1}: expected at most {4 * STEPS}, the steps"
-    ):
-        train(recipe, tmp_path / "run", progress=False)
+    message = (
+        r"optim\.trial_every=.*, optim\.period=.*: no step of the run would have a trial, for an epoch has 6 steps"
+    )
+    in_an_epoch_of_laq = [
+        "optim.period=2",
+        f"optim.trial_every={2 * STEPS + 1}",
+    ]  # the only multiple is in the third epoch
+    for refused in (recipe, recipe.with_(in_an_epoch_of_laq)):
+        with pytest.raises(ValueError, match=message):
+            train(refused, tmp_path / "run", progress=False)
     train(recipe.with_([f"optim.trial_every={4 * STEPS}"]), tmp_path / "run", progress=False)
     assert rows(tmp_path / "run")[-1]["gradient_evaluations"] == 4 * STEPS + 1
 
@@ -560,3 +568,17 @@ def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
     train(RECIPE, tmp_path / "run", display=second)
     assert "choose another directory" in second.refusal
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_gradients_that_lightning_accumulates_are_refused_for_two() -> None:
+    """The second evaluation would be of the last batch alone."""
+    recipe = RECIPE.with_(["optim.method=blaq", "optim.period=1"])
+    module = TaskModule(recipe, load_data(recipe.data))
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2, "logger": False}
+    message = r"the closure adds to the gradient that 'fc1.weight' had before, .* evaluation\(\)"
+    with _settings(1), pytest.raises(ValueError, match=message):
+        _trainer(**options).fit(module)
+    laq = TaskModule(RECIPE.with_(["optim.method=laq"]), module.dataset)
+    with _settings(1):
+        _trainer(**options).fit(laq)
+    assert laq.optimizer.gradient_evaluations == STEPS // 2

@@ -120,7 +120,7 @@ def ablate(
     """Train a recipe with a grid of settings and several seeds, and print the tables; begun ablations are continued."""
     from blaq.train.ablate import ablate as run
     from blaq.train.config import load_recipe
-    from blaq.train.grid import METHOD, parse_values
+    from blaq.train.grid import METHOD, parse_values, unquoted
     from blaq.train.sweep import Sweeper
 
     _refuse(set_, {"train.seed": "--seeds"})
@@ -129,7 +129,7 @@ def ablate(
     if len(dict(parsed)) < len(parsed) or not sets:
         raise ValueError(f"--set {' '.join(set_)}: expected several values of some setting, each setting once.")
     single = [f"{key}={values[0]}" for key, values in parsed if len(values) == 1]
-    resolved = load_recipe(recipe, single, sets.get(METHOD, ()))
+    resolved = load_recipe(recipe, single, [unquoted(METHOD, value) for value in sets.get(METHOD, ())])
     path = out or Path("runs") / f"{resolved.name}-ablate"
     numbers = range(resolved.train.seed, resolved.train.seed + seeds)
     screen = console()

@@ -136,7 +136,8 @@ def check_float32(owner: str, weights: Sequence[QuantizedWeight]) -> None:
     for weight in weights:
         if weight.dtype != torch.float32:
             raise ValueError(
-                f"{owner}: {weight.name!r} is {weight.dtype}, expected float32; convert with model.float()."
+                f"{owner}: {weight.name!r} is {weight.dtype}, expected float32; call model.float(), then "
+                "opt.adopt_weights(), or export a packed file, which holds every dtype."
             )
 
 

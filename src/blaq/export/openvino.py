@@ -161,7 +161,7 @@ def unverified(graph: "ov.Model", path: Path) -> "Iterator[Session]":
     if target.with_suffix(".bin").exists() and not target.exists():
         raise ValueError(
             f"export_openvino(path={str(path)!r}): {target.with_suffix('.bin').name!r}, which would be replaced, is there "
-            f"without {target.name!r}; choose another name."
+            f"without {target.name!r}; delete it, or choose another name."
         )
     partial = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}.partial.xml")
     try:

@@ -129,7 +129,7 @@ class LatentOptimizer(Optimizer):
         point that they hold while training; otherwise nothing changes. Idempotent.
 
         Raises:
-            ValueError: weights written from outside; see `adopt_weights`.
+            ValueError: with ``trial="past"``, weights written from outside; see `adopt_weights`.
         """
         self._check_idle("eval")
         if self.trial != "past" or self.param_groups[0]["evaluating"]:
@@ -153,7 +153,7 @@ class LatentOptimizer(Optimizer):
         """Go back to training after `eval`. Idempotent.
 
         Raises:
-            ValueError: weights written from outside; see `adopt_weights`.
+            ValueError: with ``trial="past"``, weights written from outside; see `adopt_weights`.
         """
         self._check_idle("train")
         if not self.param_groups[0]["evaluating"]:
@@ -351,6 +351,10 @@ class LatentOptimizer(Optimizer):
         """`_is_ours` by the values themselves, which sees what was written through ``.data`` too."""
         if group["grid"] is None:
             return self._is_ours(group, p, state)
+        written = self._written.get(id(p))
+        if not p.is_cpu and written is not None and written.version == p._version:
+            # Compiled code of other devices may round a tie otherwise than the values that are computed here.
+            return held.is_on_grid(p, state["scale"], group)
         weight = p if self.trial == "past" else state["latent"]
         return torch.equal(held.held_values(weight, state["scale"], group).to(p.dtype), p)
 

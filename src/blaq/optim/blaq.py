@@ -144,6 +144,7 @@ class BLAQ(LatentOptimizer):
         self._before: Snapshot | None = None  # as the step under way found buffers and random state
         self._random: list[RandomState] = []  # at every evaluation before the trial
         self._replayed = 0  # how many of them there have been again at the trial point
+        self._cleared = False  # whether the evaluation under way has begun with `zero_grad`
         self._pending: _Pending | None = None
         self._second_view = SimpleNamespace(param_groups=[])  # how a GradScaler sees the second evaluation
 
@@ -184,8 +185,11 @@ class BLAQ(LatentOptimizer):
         try:
             if closure is not None:
                 self._forget_evaluations()  # of a batch that was skipped
+                before = [(p, grad) for _, p, grad, _ in self._with_gradients()] if two else []
+                self._cleared = False
                 with self.evaluation():
                     loss = closure()
+                self._check_not_accumulated(before)
             entries = self._with_gradients()
             if self._gradients_usable(entries, scaler, self):
                 if two and closure is not None:
@@ -197,6 +201,21 @@ class BLAQ(LatentOptimizer):
             raise
         self._forget_evaluations()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See torch. A closure of a step with a trial calls it: its second evaluation has nothing to add to."""
+        super().zero_grad(set_to_none)
+        self._cleared = True
+
+    def _check_not_accumulated(self, before: list[tuple[Tensor, Tensor]]) -> None:
+        """Refuse gradients that were added to those of an earlier pass: the second evaluation has none to add to."""
+        kept = [p for p, grad in before if p.grad is grad]
+        if kept and not self._cleared:
+            raise ValueError(
+                f"{self._owner}.step(): the closure adds to the gradient that '{self._name(kept[0])}' had before, which a "
+                "second evaluation cannot do again; call zero_grad() in the closure. To accumulate gradients over "
+                "mini-batches, use evaluation(), forward_step() and backtrack_step(), or one gradient: trial='past' or 'none'."
+            )
 
     def _second_gradient(self, first: list[Entry], closure: Closure, scaler: GradScaler | None) -> None:
         self._forward(first)
@@ -238,7 +257,8 @@ class BLAQ(LatentOptimizer):
             opt.backtrack_step()
 
         The second pass draws the same dropout masks as the first. An exception in either undoes the whole step. Where gradients
-        are accumulated every mini-batch has an `evaluation` of its own, in the same order before both halves.
+        are accumulated every mini-batch has an `evaluation` of its own, in the same order before both halves. A loop that
+        skips a mini-batch after its first evaluation calls `abandon_step`.
         """
         if self._pending is None:
             if self._before is None:
@@ -353,10 +373,10 @@ class BLAQ(LatentOptimizer):
                     f"{self._owner}: the first gradient of '{self._name(p)}' was written to during the second evaluation, so "
                     "it is lost; let every evaluation make gradients of its own: zero_grad(), and no buffers set as p.grad."
                 )
-        if 0 < self._replayed != len(self._random):
+        if self._random and 0 < self._replayed != len(self._random):
             raise ValueError(
                 f"{self._owner}: {len(self._random)} evaluation() before forward_step() and {self._replayed} before "
-                "backtrack_step(); both halves need the same ones, and a batch that is skipped abandon_step()."
+                "backtrack_step(); both halves need the same ones. Call abandon_step() where a batch is skipped."
             )
         for p, values in pending.floats.items():
             p.copy_(values)
@@ -364,10 +384,16 @@ class BLAQ(LatentOptimizer):
         self._pending = None
         self._forget_evaluations()
         pending.after_first.restore()
-        for batch in self._kept.of(entries, self.compiles):
-            first = [pending.gradients[p] for p in batch.parameters]
-            steps.advance(batch, first, batch.gradients)
-            self._has_written(batch)
+        try:
+            for batch in self._kept.of(entries, self.compiles):
+                first = [pending.gradients[p] for p in batch.parameters]
+                steps.advance(batch, first, batch.gradients)
+                self._has_written(batch)
+        except BaseException:  # batches that have not been stepped hold the trial point
+            for group, p, state in self._parameters():
+                if group["grid"] is not None and p in pending.gradients:
+                    self._hold_latent(p, state, group)
+            raise
         self._kept.count(remember=False)
         self._count(2)
 

@@ -16,7 +16,7 @@ _LIKE_PARAMETER = ("latent", "exp_avg", "exp_avg_sq", "trial_grad")
 
 
 def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name: Callable[[Tensor], str]) -> None:
-    """Refuse a state of other grids, granularities or shapes, naming all parameters concerned.
+    """Refuse a state of other grids, granularities or shapes, or with NaN, naming all parameters concerned.
 
     Raises:
         ValueError: see above; also a state of another optimizer, or of a newer format.
@@ -100,7 +100,7 @@ def _needed(quantized: bool, mode: Group) -> set[str]:
 
 
 def _misfits(mode: Group, group: Group, p: Tensor, state: dict[str, Any] | None, name: str) -> Iterator[str]:
-    """What is missing or of another shape in the state of one parameter."""
+    """What is missing, of another shape or not finite in the state of one parameter."""
     if state is None:
         yield f"no state for '{name}' (torch leaves out frozen parameters: set requires_grad=True until it is loaded)"
         return
@@ -115,6 +115,8 @@ def _misfits(mode: Group, group: Group, p: Tensor, state: dict[str, Any] | None,
             yield f"{key}={state[key]!r} for '{name}', expected a tensor"
         elif key in state and tuple(state[key].shape) != shape:
             yield f"{key} of shape {tuple(state[key].shape)} for '{name}', expected {shape}"
+        elif key in state and not state[key].isfinite().all():
+            yield f"NaN or Inf in {key} of '{name}'"
 
 
 def _parameters(saved: dict[str, Any], groups: list[Group]) -> Iterator[tuple[Any, Group, Tensor]]:

@@ -34,6 +34,7 @@ _FORMAT = 1  # part of the cache key: raise it whenever the same files come to d
 _GREY = {"1", "L", "LA"}  # Pillow's names
 _COLOUR = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
 _BLOCK = 1024  # images decoded and written at a time
+_PATIENCE = 5.0  # seconds between two looks whether another process is done
 
 _log = logging.getLogger(__name__)
 
@@ -92,9 +93,10 @@ def decode_images(part: Part, column: str, image_size: int | None, *, grey: bool
     """
     path = cache_folder() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', part.name)}-{_key(part, column, image_size, grey)}.npy"
     rows = part.table.count_rows()
+    before = _stamp(path)
     if (cached := _open(path, rows)) is None:
-        with _alone(path) as waited:
-            cached = _open(path, rows) if waited else None
+        with _alone(path, before):
+            cached = _open(path, rows) if _stamp(path) != before else None  # another process has made it meanwhile
             if cached is None:
                 _decode_into(path, part, rows, column, image_size, grey)
                 cached = _open(path, rows)
@@ -115,20 +117,29 @@ def _decode_into(path: Path, part: Part, rows: int, column: str, image_size: int
         _write(path, _blocks(part, rows, column, image_size, grey=False), rows)
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Which file it is; None if there is none."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Keep other processes from making the same file meanwhile: it may be large. Yields whether another one was at it."""
-    lock, waited = FileLock(cache_folder() / "locks" / f"{path.name}.lock"), False
-    with _cache_errors(), contextlib.suppress(NotImplementedError):  # of file systems without locks: twice, if need be
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _log.warning("another process is decoding into %s: waiting for it", path)
-            waited = True
-            lock.acquire()
+def _alone(path: Path, before: tuple[int, int] | None) -> Iterator[None]:
+    """Keep other processes from making the same file meanwhile: it may be large."""
+    lock = FileLock(cache_folder() / "locks" / f"{path.name}.lock")
     try:
-        yield waited
+        with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks: twice, if need be
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                _log.warning("another process is decoding into %s: waiting for it", path)
+                while not lock.is_locked and _stamp(path) == before:
+                    with contextlib.suppress(Timeout):
+                        lock.acquire(timeout=_PATIENCE)
+        yield
     finally:
         lock.release()
 

@@ -90,15 +90,16 @@ class Ablation:
             return line + "LAQ is not among the settings (optim.a=1, or optim.method=laq), so none is set against it."
         found = {"lower": list[str](), "higher": list[str](), "open": list[str]()}
         for setting, difference in zip(group.settings, group.differences(measure.field), strict=True):
-            if difference is not None and not self._is_laq(setting):
+            if difference is not None and len(difference.values) > 1 and not self._is_laq(setting):
                 found[difference.verdict].append(f"{setting.name} ({difference.show(measure.digits)})")
         differences = [of for of in group.differences(measure.field) if of is not None]
         count = sum(map(len, found.values()))
         chance = (1 - CONFIDENCE) * count
         if all(len(of.values) == 1 for of in differences):
+            why = "a single seed, which cannot tell anything from seed noise" if differences else "no setting beside it"
             return (
                 f"{line}LAQ ({group.reference.name}) has {group.reference.sample(measure.field).show(measure.digits)}"
-                f"{measure.unit} [a single seed, which cannot tell anything from seed noise]."
+                f"{measure.unit} [{why}]."
             )
         return (
             f"{line}against LAQ ({group.reference.name}: {group.reference.sample(measure.field).show(measure.digits)}"

@@ -89,7 +89,7 @@ class RunDirectory:
         """What the best or the last checkpoint holds, on the CPU; with `mmap` read when it is looked at.
 
         Raises:
-            ValueError: there is none yet, or it is damaged.
+            ValueError: there is none yet, or it cannot be read.
         """
         path = self.existing(name)
         try:
@@ -97,7 +97,7 @@ class RunDirectory:
         except (RuntimeError, EOFError, UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"{str(path)!r} is damaged ({reason}); take the other checkpoint, or delete the run and make it again."
+                f"{str(path)!r} cannot be read ({reason}); if it is damaged, take the other checkpoint, or make the run again."
             ) from error
         return saved
 

@@ -87,7 +87,7 @@ def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Itera
     Raises:
         ValueError: an unknown key or value, values that do not fit together, a setting that no combination reads.
     """
-    sets = {key: [_unquoted(key, value) for value in values] for key, values in sets.items()}
+    sets = {key: [unquoted(key, value) for value in values] for key, values in sets.items()}
     order = sorted(sets, key=lambda key: key != METHOD)  # the method first: it says what is read
     found: dict[tuple[tuple[str, str], ...], Recipe] = {}
     for values in itertools.product(*(sets[key] for key in order)):
@@ -115,7 +115,7 @@ def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Itera
     ]
 
 
-def _unquoted(key: str, value: str) -> str:
+def unquoted(key: str, value: str) -> str:
     """A text without its quotes, if it is the same text without them."""
     _, meant = toml.split_override(Recipe, f"{key}={value}")
     same = isinstance(meant, str) and toml.split_override(Recipe, f"{key}={meant}")[1] == meant

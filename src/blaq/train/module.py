@@ -161,11 +161,16 @@ class TaskModule(LightningModule):
                 f"{owner}: {logits.shape[-1]} outputs, but {self.dataset.name} has {self.dataset.classes} classes; "
                 f"set model.options.classes={self.dataset.classes}."
             )
-        optim, steps = self.recipe.optim, self.recipe.train.epochs * len(self.training_batches)
-        if "trial_every" not in optim.trains_by.ignores and optim.trial_every > steps:
+        optim, steps = self.recipe.optim, len(self.training_batches)
+
+        def has_trial(epoch: int) -> bool:
+            before, after = (steps * number // optim.trial_every for number in (epoch, epoch + 1))
+            return optim.trial_in(epoch) == "fresh" and after > before
+
+        if optim.trains_by.trial == "fresh" and not any(map(has_trial, range(self.recipe.train.epochs))):
             raise ValueError(
-                f"optim.trial_every={optim.trial_every}: expected at most {steps}, the steps of the run, else none has a "
-                "trial; set optim.method=laq for none."
+                f"optim.trial_every={optim.trial_every}, optim.period={optim.period}: no step of the run would have a trial, "
+                f"for an epoch has {steps} steps; set either lower, or optim.method=laq."
             )
 
     @override

@@ -1,7 +1,6 @@
 """Many runs: several side by side, finished ones not repeated, a failing one reported and the others kept."""
 
 import json
-import os
 import signal
 import threading
 import time
@@ -186,6 +185,11 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder, without what a kill has left of a file."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".partial"}
+
+
 def claim(folder: Path, recipe: Recipe, design: Mapping[str, Any]) -> None:
     """Begin or continue a sweep in a folder: write comparison.json (the design) and recipe.toml (what all runs share).
 
@@ -197,7 +201,7 @@ def claim(folder: Path, recipe: Recipe, design: Mapping[str, Any]) -> None:
     way_out = "choose another directory with --out."
     if recipe_file.exists() and not design_file.exists():
         raise ValueError(f"{owner}: the directory holds a run; {way_out}")
-    if not design_file.exists() and folder.exists() and (not folder.is_dir() or not set(os.listdir(folder)) <= _OWN):
+    if not design_file.exists() and folder.exists() and (not folder.is_dir() or not _names(folder) <= _OWN):
         raise ValueError(f"{owner}: expected a new or empty directory, or one of a comparison; {way_out}")
     if design_file.exists():
         before = read_json(design_file)

@@ -30,7 +30,7 @@ def _codes(values_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     if spacing is None:
         thresholds = (grid.levels[1:] + grid.levels[:-1]) / 2
         return torch.bucketize(levels, thresholds.to(levels.device), out_int32=True).float()
-    return ((levels + grid.largest) / spacing).round()
+    return ((levels + grid.largest) / spacing + 0.5).floor()  # 0 is nearer to the positive level, where it is none
 
 
 def look(
