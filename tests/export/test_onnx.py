@@ -241,7 +241,7 @@ class Unused(nn.Module):
     [
         (Unused(), {}, "'other.weight' is not in the exported graph"),
         (Fixed(), {}, "torch cannot export this model: .* pass dynamic_shapes"),
-        (nn.Linear(4, 4).double(), {}, r"'weight' is torch.float64, expected float32; call model.float\(\), then opt.adopt_weights\(\)"),
+        (nn.Linear(4, 4).double(), {}, r"'weight' is torch.float64, expected float32; call model.float\(\)"),
         (nn.Linear(4, 4), {"preset": "quick"}, r"preset='quick'\): expected 'exact' or 'fast'"),
         (nn.Linear(4, 4), {"path": "model.pt"}, "expected a name that ends in .onnx"),
         (nn.Linear(4, 4), {"path": "no/such/model.onnx"}, "there is no folder"),
