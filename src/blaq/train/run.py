@@ -19,6 +19,7 @@ from blaq.optim.memory import memory_report
 from blaq.optim.plan import Plan, plan
 from blaq.tasks.data import Dataset, load_dataset
 from blaq.train import probes
+from blaq.train.allocator import keep_freed_memory
 from blaq.train.config import DataConfig, Recipe
 from blaq.train.directory import Checkpoint, RunDirectory, open_run, read_json, write_atomically
 from blaq.train.display import Display
@@ -266,6 +267,7 @@ def _trainer(**options: Any) -> Trainer:
 @contextmanager
 def _settings(threads: int | None) -> Iterator[None]:
     """What holds for the process while a run lasts: threads, repeatable convolutions, a quiet Lightning."""
+    keep_freed_memory()
     log = logging.getLogger("lightning.pytorch")
     before = torch.get_num_threads(), torch.backends.cudnn.deterministic, log.level
     try:

@@ -12,14 +12,14 @@ from blaq.optim.compiled import Codes, surroundings
 from blaq.optim.options import parameter_name
 from blaq.zigzag.codes import codes_held, look_fast
 from blaq.zigzag.measures import TOTAL, Measures, gradient_error
-from blaq.zigzag.products import Products, move, norms, products, with_total
+from blaq.zigzag.products import Products, moved, norms, products, with_total
 
 RATE = 0.01  # of the oscillation frequency's average, a step
 
 _Mean = Literal["gradient_cosine", "zigzag_rate", "flip_rate", "gradient_error", "trial_agreement"]
 _MEANS: tuple[_Mean, ...] = ("gradient_cosine", "zigzag_rate", "flip_rate", "gradient_error", "trial_agreement")
 _OF_LAYER = ("origin", "codes", "direction", "frequency")
-_OF_ALL = ("kept", "gradients", "updates", "measured", "last_probe", "probes", "path", "sums", "counts")
+_OF_ALL = ("kept", "gradients", "last_start", "measured", "last_probe", "probes", "path", "sums", "counts")
 
 
 class _Layer:
@@ -80,7 +80,7 @@ class ZigZag:
     trial point. There, and with "delayed", trial agreement is the gradient cosine: the previous gradient stands in for g_t.
 
     Memory: 10 bytes a probed weight (float32 w_0 and frequency, uint8 code, int8 direction); around a probe, and always
-    with ``every=1``, 12 more (w_t, g_{t-1}, u_{t-1}).
+    with ``every=1``, 12 more (w_t, w_{t-1}, g_{t-1}).
 
     Args:
         opt: the optimizer, outside a step and outside `BLAQ.eval`.
@@ -127,9 +127,9 @@ class ZigZag:
         self._device = probed[0][1].device
         self._start: list[Tensor] = []  # w_t, while step t is under way
         self._follows = False  # whether the step under way is the next after the kept one
-        self._kept = -1  # the step whose gradients and updates are kept
+        self._kept = -1  # the step whose gradients, and the weights that it began with, are kept
         self._gradients: list[Tensor] = []  # g_{t-1}
-        self._updates: list[Tensor] = []  # u_{t-1}
+        self._last_start: list[Tensor] = []  # w_{t-1}
         self._measured = -1  # the last step whose length is in the path
         self._last_probe = self._steps
         self._probes = 0
@@ -185,21 +185,19 @@ class ZigZag:
         """See `blaq.optim.observer.StepObserver`."""
         t = self._steps
         probed, kept = t % self.every == 0, (t + 1) % self.every == 0
-        if self._start:
-            updates = self._start  # in the place of w_t, which is no longer needed
-            if probed and self._follows:
-                three = zip(self._layers, updates, self._updates, strict=True)
-                moves = Products.of([move(layer.latent, u, last, layer.compiled()) for layer, u, last in three])
-                self._advance_path(t, moves.lengths)
+        if probed or self._measured < 0:
+            # Without the step before, its move is zero, and has no angle.
+            last = self._last_start if self._follows else self._start
+            three = zip(self._layers, last, self._start, strict=True)
+            moves = Products.of(
+                [moved(layer.latent, start, before, layer.compiled()) for layer, before, start in three]
+            )
+            self._advance_path(t, moves.lengths)
+            if probed:
                 cosine = moves.cosines
                 self._add("zigzag_rate", torch.where(cosine.isnan(), cosine, (cosine < 0).double()))
-            else:
-                for layer, u in zip(self._layers, updates, strict=True):
-                    torch.sub(layer.latent, u, out=u)
-                if probed or self._measured < 0:
-                    self._advance_path(t, norms(updates))
-            self._start, self._updates = [], updates if kept else []
-            self._kept = t if kept else -1
+        self._start, self._last_start = [], self._start if kept else []
+        self._kept = t if kept else -1
         if self.quantized and (probed or kept):
             self._observe_codes(t, probed)
         if probed:

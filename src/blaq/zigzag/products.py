@@ -50,14 +50,13 @@ def products(x: Tensor, y: Tensor, codes: compiled.Codes | None = None) -> Tenso
     return _fast(_products, (x, y), plain, codes)
 
 
-def move(now: Tensor, start: Tensor, before: Tensor, codes: compiled.Codes | None = None) -> Tensor:
-    """The `products` of a move, ``now - start``, and the one before it: (3,). The move is written over where it started."""
+def moved(now: Tensor, start: Tensor, before: Tensor, codes: compiled.Codes | None = None) -> Tensor:
+    """The `products` of a move, ``now - start``, and of the one before it, ``start - before``: (3,)."""
 
     def plain() -> Tensor:
-        torch.sub(now, start, out=start)
-        return products(start, before)
+        return products(widen(now) - widen(start), widen(start) - widen(before))
 
-    return _fast(_move, (now, start, before), plain, codes)
+    return _fast(_moved, (now, start, before), plain, codes)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -94,7 +93,6 @@ def _products(x_PN: Tensor, y_PN: Tensor) -> Tensor:
     return torch.stack([(a * b).sum(1).sum(dtype=torch.float64) for a, b in ((x, x), (x, y), (y, y))])
 
 
-def _move(now_PN: Tensor, start_PN: Tensor, before_PN: Tensor) -> Tensor:
-    moved = now_PN - start_PN
-    start_PN.copy_(moved)
-    return _products(moved, before_PN)
+def _moved(now_PN: Tensor, start_PN: Tensor, before_PN: Tensor) -> Tensor:
+    now, start, before = widen(now_PN), widen(start_PN), widen(before_PN)
+    return _products(now - start, start - before)
