@@ -65,7 +65,7 @@ def test_a_run_before_its_first_epoch(tmp_path: Path, write_run: WriteRun) -> No
 def test_a_damaged_file_is_named(name: str, tmp_path: Path, write_run: WriteRun) -> None:
     path = write_run(tmp_path / "run", zigzag_rate=0.1)
     (path / name).write_text('{"epoch": oops}\n')
-    with pytest.raises(ValueError, match=rf"report: '.*{name}' is not JSON"):
+    with pytest.raises(ValueError, match=rf"'.*{name}' is damaged"):
         read_run(path)
 
 

@@ -16,7 +16,7 @@ from blaq.optim.base import LatentOptimizer
 from blaq.optim.batches import Entry
 from blaq.optim.finite import Brought, all_usable, refuse_sparse
 from blaq.optim.options import REMEMBERING
-from blaq.optim.trial import RandomState, Snapshot
+from blaq.optim.trial import Evaluations, Snapshot
 
 Closure = Callable[[], Any]
 
@@ -141,9 +141,7 @@ class BLAQ(LatentOptimizer):
 
     def _reset_transient(self) -> None:
         super()._reset_transient()
-        self._before: Snapshot | None = None  # as the step under way found buffers and random state
-        self._random: list[RandomState] = []  # at every evaluation before the trial
-        self._replayed = 0  # how many of them there have been again at the trial point
+        self._evaluations = Evaluations()
         self._cleared = False  # whether the evaluation under way has begun with `zero_grad`
         self._pending: _Pending | None = None
         self._second_view = SimpleNamespace(param_groups=[])  # how a GradScaler sees the second evaluation
@@ -184,7 +182,7 @@ class BLAQ(LatentOptimizer):
         loss = None
         try:
             if closure is not None:
-                self._forget_evaluations()  # of a batch that was skipped
+                self._evaluations.forget()  # of a batch that was skipped
                 before = [(p, grad) for _, p, grad, _ in self._with_gradients()] if two else []
                 self._cleared = False
                 with self.evaluation():
@@ -199,7 +197,7 @@ class BLAQ(LatentOptimizer):
         except BaseException:
             self.abandon_step()
             raise
-        self._forget_evaluations()
+        self._evaluations.forget()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -261,15 +259,9 @@ class BLAQ(LatentOptimizer):
         skips a mini-batch after its first evaluation calls `abandon_step`.
         """
         if self._pending is None:
-            if self._before is None:
-                self._before = Snapshot.take(self.module, self._devices())
-                self._random = [self._before.random]
-            else:
-                self._random.append(RandomState.capture(self._devices()))
+            self._evaluations.first(self.module, self._devices())
         else:
-            if self._replayed < len(self._random):
-                self._random[self._replayed].restore()
-            self._replayed += 1
+            self._evaluations.again()
         try:
             with torch.enable_grad():
                 yield
@@ -315,24 +307,16 @@ class BLAQ(LatentOptimizer):
     @torch.no_grad()
     def abandon_step(self) -> None:
         """Undo a step that is under way: parameters, buffers and random state as before it. Harmless otherwise."""
-        pending, before = self._pending, self._before
-        self._pending = None
-        self._forget_evaluations()
+        pending, self._pending = self._pending, None
         if pending is not None:
             for group, p, state in self._parameters():
                 if p in pending.floats:
                     p.copy_(pending.floats[p])
                 elif p in pending.gradients:
                     self._hold_latent(p, state, group)
-        if before is not None:
-            before.restore()
-        elif pending is not None:
-            pending.after_first.restore()
+        self._evaluations.undo(pending.after_first if pending is not None else None)
         if pending is not None:
             torch.clear_autocast_cache()  # it holds casts of the trial point
-
-    def _forget_evaluations(self) -> None:
-        self._before, self._random, self._replayed = None, [], 0
 
     def _run_half(self, half: Callable[[list[Entry]], None]) -> None:
         try:
@@ -373,16 +357,12 @@ class BLAQ(LatentOptimizer):
                     f"{self._owner}: the first gradient of '{self._name(p)}' was written to during the second evaluation, so "
                     "it is lost; let every evaluation make gradients of its own: zero_grad(), and no buffers set as p.grad."
                 )
-        if self._random and 0 < self._replayed != len(self._random):
-            raise ValueError(
-                f"{self._owner}: {len(self._random)} evaluation() before forward_step() and {self._replayed} before "
-                "backtrack_step(); both halves need the same ones. Call abandon_step() where a batch is skipped."
-            )
+        self._evaluations.check(self._owner)
         for p, values in pending.floats.items():
             p.copy_(values)
         self._tell_observers(pending.gradients)
         self._pending = None
-        self._forget_evaluations()
+        self._evaluations.forget()
         pending.after_first.restore()
         try:
             for batch in self._kept.of(entries, self.compiles):

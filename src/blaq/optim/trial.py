@@ -103,3 +103,45 @@ class Snapshot:
         """Go back to it."""
         self.buffers.restore()
         self.random.restore()
+
+
+class Evaluations:
+    """The forward and backward passes of a step under way: those before its trial begin somewhere, those at it do so again."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The step is over, or its batch was skipped."""
+        self._before: Snapshot | None = None
+        self._random: list[RandomState] = []
+        self._repeated = 0
+
+    def first(self, module: nn.Module | None, devices: Iterable[torch.device]) -> None:
+        """One before the trial begins."""
+        if self._before is None:
+            self._before = Snapshot.take(module, devices)
+            self._random = [self._before.random]
+        else:
+            self._random.append(RandomState.capture(devices))
+
+    def again(self) -> None:
+        """One at the trial point begins: it draws the same random numbers."""
+        if self._repeated < len(self._random):
+            self._random[self._repeated].restore()
+        self._repeated += 1
+
+    def check(self, owner: str) -> None:
+        """Refuse a second half that repeats some and not all of the first."""
+        if self._random and 0 < self._repeated != len(self._random):
+            raise ValueError(
+                f"{owner}: {len(self._random)} evaluation() before forward_step() and {self._repeated} before "
+                "backtrack_step(); both halves need the same ones. Call abandon_step() where a batch is skipped."
+            )
+
+    def undo(self, otherwise: Snapshot | None) -> None:
+        """Buffers and random state as before the first; where there was none, as another snapshot has them."""
+        before = self._before if self._before is not None else otherwise
+        self.forget()
+        if before is not None:
+            before.restore()

@@ -1,6 +1,5 @@
 """Run directories and folders of them, read into memory: only what the files say."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import comparison_file, open_run
+from blaq.train.directory import comparison_file, open_run, read_json, read_rows
 
 Column = NDArray[np.float64]
 
@@ -126,11 +125,11 @@ def read_sweeps(paths: Iterable[Path]) -> list[Sweep]:
 
 
 def _read_sweep(path: Path) -> Sweep:
-    failures = (_json(path / "results.json") or {}).get("failures", {})
+    failures = (_if_there(path / "results.json") or {}).get("failures", {})
     return Sweep(
         path=path,
         recipe=load_recipe(path / "recipe.toml"),
-        target=_json(comparison_file(path)).get("target"),
+        target=read_json(comparison_file(path)).get("target"),
         failures={
             name: why
             for name, why in failures.items()
@@ -150,10 +149,10 @@ def read_run(path: Path, name: str = "") -> Run:
         name=name or path.resolve().name,
         path=path,
         recipe=recipe,
-        versions=_json(path / "versions.json") or {},
-        metrics=_columns(_lines(directory.metrics_file)),
-        result=_json(directory.result_file),
-        zigzag=_layers(_lines(path / "zigzag.jsonl")),
+        versions=_if_there(path / "versions.json") or {},
+        metrics=_columns(read_rows(directory.metrics_file)),
+        result=_if_there(directory.result_file),
+        zigzag=_layers(read_rows(path / "zigzag.jsonl")),
     )
 
 
@@ -164,7 +163,7 @@ def read_trajectories(run: Run) -> dict[str, Trajectory]:
         ValueError: a file that is not what a run writes.
     """
     by_layer: dict[str, list[Mapping[str, Any]]] = {}
-    for row in _lines(run.path / "trajectories.jsonl"):
+    for row in read_rows(run.path / "trajectories.jsonl"):
         by_layer.setdefault(row["layer"], []).append(row)
     return {layer: _trajectory(rows) for layer, rows in by_layer.items() if rows[0]["scale"] is not None}
 
@@ -191,26 +190,8 @@ def _names(directories: Sequence[Path]) -> list[str]:
     return ["/".join(tail[-length:]) for tail in parts]
 
 
-def _json(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"report: {str(path)!r} is not JSON: {error}.") from None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    try:
-        rows: list[dict[str, Any]] = json.loads(f"[{','.join(whole)}]")
-    except ValueError as error:
-        raise ValueError(f"report: {str(path)!r} is not JSON lines: {error}.") from None
-    return rows
+def _if_there(file: Path) -> dict[str, Any] | None:
+    return read_json(file) if file.exists() else None
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:

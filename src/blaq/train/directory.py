@@ -15,7 +15,7 @@ A run is finished when its result is there.
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -205,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    return _object(path, path.read_text(encoding="utf-8"))
+    return _objects(path, [_text(path)])[0]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -216,20 +216,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [_object(path, line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    text = _text(path)
+    return _objects(path, text[: text.rfind("\n") + 1].splitlines())
 
 
-def _object(path: Path, text: str) -> dict[str, Any]:
+def _text(path: Path) -> str:
     try:
-        found = json.loads(text)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error) from None
+
+
+def _objects(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(f"[{','.join(texts)}]")  # at once: trajectories have many lines
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({error}); delete the run or the comparison, and make it again."
-        ) from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} is damaged: expected JSON objects, found {type(found).__name__}.")
-    return found
+        raise _damaged(path, error) from None
+    if len(found) != len(texts) or not all(isinstance(each, dict) for each in found):
+        raise _damaged(path, "expected JSON objects")
+    return found  # type: ignore[no-any-return]
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    return ValueError(f"{str(path)!r} is damaged ({why}); delete the run or the comparison, and make it again.")
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
