@@ -34,6 +34,38 @@ def scaled(task: Any, scaler: GradScaler, step: int) -> Callable[[], Tensor]:
 # --- GradScaler ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_scaler_goes_on_after_a_closure_that_raised(
+    evaluation: int, new_task: NewTask, assert_identical: Check
+) -> None:
+    task, scaler = new_task().train(range(2)), new_scaler()
+    before = task.everything()
+    calls = iter(range(1, 3))
+
+    def closure() -> Tensor:
+        loss = scaled(task, scaler, 2)()
+        if next(calls) == evaluation:
+            raise RuntimeError("out of luck")
+        return loss
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        task.opt.step(closure, scaler=scaler)
+    assert_identical(before, task.everything())
+    task.opt.step(scaled(task, scaler, 2), scaler=scaler)
+    scaler.update()
+    assert_identical(new_task().train(range(3)).everything(), task.everything())
+
+
+def test_float16_is_not_unscaled(new_task: NewTask, assert_identical: Check) -> None:
+    """What scaling has saved from vanishing would vanish then; torch refuses it too."""
+    task, scaler = new_task(trial="none", dtype=torch.float16, eps=1e-4), new_scaler()
+    scaled(task, scaler, 0)()
+    before = task.everything()
+    with pytest.raises(ValueError, match=r"cannot unscale the float16 gradient of '0.weight' .* torch.autocast"):
+        scaler.step(task.opt)
+    assert_identical(before, task.everything())
+
+
 @pytest.mark.parametrize("options", [{}, {"trial_every": 2}, {"trial": "past"}, {"trial": "none"}], ids=str)
 def test_scaled_training_equals_unscaled(options: dict[str, Any], new_task: NewTask, assert_identical: Check) -> None:
     """Bit for bit: the scale is a power of two, also when it grows."""

@@ -306,6 +306,48 @@ def test_the_same_shapes_in_another_order_are_refused() -> None:
         optimizer("0").load_state_dict(optimizer("1").state_dict())
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("trial", ["past", "none"])
+def test_steps_are_counted_in_float32_whatever_the_default(trial: str, default: torch.dtype) -> None:
+    """bfloat16 would stop at 256."""
+    try:
+        torch.set_default_dtype(default)
+        p = nn.Parameter(torch.ones(4, dtype=torch.float32))
+        opt = blaq.BLAQ([{"params": [p], "grid": "binary"}], trial=trial)
+        for _ in range(300):
+            p.grad = torch.ones_like(p)
+            opt.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {key: float(opt.state[p][key]) for key in ("step", "trial_step") if key in opt.state[p]} == dict.fromkeys(
+        ("step", "trial_step") if trial == "past" else ("step",), 300.0
+    )
+    assert opt.state[p]["step"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["none", "fresh", "past", "delayed"])
+def test_a_model_that_was_cast_resumes_bit_exactly(mode: str, dtype: torch.dtype, assert_identical: Check) -> None:
+    """The state stays as it was."""
+    run = Run(mode)
+    run.model.to(dtype)
+    for _ in range(2):
+        run.opt.step(run.closure)
+    before = copy.deepcopy(run.opt.state_dict())
+    run.opt.load_state_dict(run.opt.state_dict())
+    assert_identical(before, run.opt.state_dict())
+
+
+def test_names_stay_those_of_this_model() -> None:
+    """A checkpoint of the same network inside another has other names."""
+    saved, run = Run(), Run()
+    for group in saved.opt.param_groups:
+        group["param_names"] = [f"_orig_mod.{name}" for name in group["param_names"]]
+    names = [group["param_names"] for group in run.opt.param_groups]
+    run.opt.load_state_dict(saved.opt.state_dict())
+    assert [group["param_names"] for group in run.opt.param_groups] == names
+
+
 def test_nothing_is_saved_or_loaded_at_the_trial_point() -> None:
     run = Run()
     saved = run.opt.state_dict()

@@ -231,5 +231,5 @@ def test_an_interruption_inside_the_solver_leaves_weights_on_their_grid(
     if steps or mode != "past":
         assert torch.equal(opt.latent(parameters[-1]), latent)
     for p in parameters:
-        assert torch.equal(opt.codes(p), opt.codes(p))  # refuses what is not on the grid
+        assert opt.codes(p) is not None  # refuses what is not on the grid
     step()

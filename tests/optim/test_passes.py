@@ -332,3 +332,30 @@ def test_the_finest_grids_follow_in_float32_as_in_float64(grid: str, compile: bo
     assert not compiled._Compiler.broken
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
     assert errors[0] < 0.2
+
+
+def test_many_shapes_and_dtypes_do_not_end_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile gives up on code that it has compiled for eight of them."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any, **_: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    shapes = [(1, 64), (64, 1), (1, 1), (2, 2), (8, 8), (2, 64), (10, 4096), (1000, 9), (8192, 2), (5, 5, 3, 3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._dynamo, "lookup_backend", lambda name: backend)
+        patch.setattr(compiled._Compiler, "codes", {})
+        compiled._Compiler.of.cache_clear()
+        try:
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+                opt = blaq.LAQ([{"params": parameters, "grid": "linear5", "granularity": "channel"}], compile=True)
+                for _ in range(2):
+                    for p in parameters:
+                        p.grad = torch.randn_like(p)
+                    opt.step()
+        finally:
+            compiled._Compiler.of.cache_clear()
+    assert len(graphs) > 16
+    assert not compiled._Compiler.broken

@@ -1,6 +1,7 @@
 """The second evaluation disturbs nothing: buffers and random numbers are those of one pass."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -156,3 +157,18 @@ def test_codes_and_scale_tell_what_is_held_in_either_pass(bits: str, new_task: N
             return task.closure(step)()  # type: ignore[no-any-return]
 
         task.opt.step(closure)
+
+
+def test_the_second_evaluation_holds_two_sets_of_gradients_at_most(new_task: Any) -> None:
+    """Those of the last step go where the closure clears them."""
+    task = new_task().train([0])
+    last = [weakref.ref(p.grad) for p in task.model.parameters()]
+    alive = []
+
+    def closure() -> Tensor:
+        task.opt.zero_grad()
+        alive.append(sum(grad() is not None for grad in last))
+        return task.closure(1)()
+
+    task.opt.step(closure)
+    assert alive == [0, 0]

@@ -1,5 +1,6 @@
 """Which weights a parameter may hold: writes from outside, memory layouts, and parameters of unusual shape."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import blaq
+from blaq.optim import held
 
 Check = Callable[..., None]
 NewTask = Callable[..., Any]
@@ -84,6 +86,85 @@ def test_writing_the_same_values_is_no_change(new_task: NewTask, assert_identica
         task = new_task(trial=mode).train(range(2))
         task.model.load_state_dict(task.model.state_dict())
         assert_identical(expected, task.train(range(2, 4)).everything())
+
+
+@pytest.mark.parametrize("moment", ["built", "loaded", "copied", "stepped", "evaluating"])
+def test_weights_without_a_grid_are_adopted_too(moment: str, new_task: NewTask, checkpoint: dict[str, Tensor]) -> None:
+    """With "past" they have latent weights."""
+    task = new_task(trial="past").train(range({"built": 0, "stepped": 1}.get(moment, 2)))
+    if moment == "loaded":
+        task.opt.load_state_dict(task.opt.state_dict())
+    elif moment == "copied":
+        task = copy.deepcopy(task)
+    elif moment == "evaluating":
+        task.opt.eval()
+    task.model.load_state_dict(checkpoint, strict=False)
+    task.opt.adopt_weights()
+    for name, value in checkpoint.items():
+        assert torch.equal(task.opt.latent(task.model.get_parameter(name)), value), name
+    with torch.no_grad():
+        task.model[0].bias[2] = torch.nan
+    with pytest.raises(ValueError, match=r"'0.bias': expected finite values"):
+        task.opt.adopt_weights()
+
+
+@pytest.mark.parametrize("write", [lambda p: p.zero_(), lambda p: p.neg_(), lambda p: p[:1].zero_()])
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias"])
+def test_a_write_at_a_trial_point_is_noticed(
+    write: Callable[[Tensor], Tensor], evaluating: bool, name: str, new_task: NewTask
+) -> None:
+    """Also one that stays on the grid, as pruning does; and it can be adopted."""
+    task = new_task("ternary", trial="past").train(range(3))
+    if evaluating:
+        task.opt.eval()
+    p = task.model.get_parameter(name)
+    with torch.no_grad():
+        write(p)
+    refused = task.opt.train if evaluating else task.opt.step
+    with pytest.raises(ValueError, match=rf"'{name}' was changed outside the optimizer"):
+        refused()
+    written = p.detach().clone()
+    task.opt.adopt_weights()
+    assert torch.equal(task.opt.latent(p), written)
+    task.opt.train()
+    task.train(range(3, 5))
+
+
+@in_every_mode
+def test_memory_that_is_replaced_is_noticed(mode: str, new_task: NewTask) -> None:
+    """Which versions do not tell: `torch.nn.utils.vector_to_parameters` works so."""
+    task = new_task(trial=mode).train(range(2))
+    p = task.model[4].weight
+    p.data = p.detach().clone()  # the same values
+    task.train([2])
+    p.data = torch.randn_like(p)
+    with pytest.raises(ValueError, match=r"'4.weight' was changed outside the optimizer"):
+        task.train([3])
+
+
+def test_eval_that_fails_goes_back_to_the_trial_point(
+    new_task: NewTask, assert_identical: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = new_task(trial="past").train(range(3))
+    before = task.everything()
+    for name, at in (("exact_scale", 1), ("hold", 2)):
+        calls = iter(range(10))
+        real = getattr(held, name)
+
+        def failing(*arguments: Any, calls: Any = calls, real: Any = real, at: int = at) -> Any:
+            if next(calls) == at - 1:
+                raise torch.OutOfMemoryError
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(held, name, failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                task.opt.eval()
+        assert_identical(before, task.everything())
+    task.opt.eval()
+    task.opt.train()
+    assert_identical(before, task.everything())
 
 
 @in_every_mode

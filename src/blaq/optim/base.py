@@ -5,7 +5,7 @@ Here: groups, state, what the parameters hold, checkpoints. The steps are in `bl
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from blaq.optim import checkpoint, compiled, held, update
-from blaq.optim.batches import Batch, Entry, Kept
+from blaq.optim.batches import Entry, Kept
 from blaq.optim.observer import StepObserver
 from blaq.optim.options import (
     COUNTERS,
@@ -30,15 +30,9 @@ from blaq.optim.options import (
     parameter_name,
 )
 from blaq.optim.update import Group
+from blaq.optim.written import Written
 
-
-class _Written(NamedTuple):
-    """A parameter as we wrote it, and the latent weight that its scale was solved for: versions tell writes from outside."""
-
-    p: Tensor
-    version: int
-    solved: Tensor | None = None
-    solved_version: int = 0
+_NAMING = ("param_names", "notes")  # of a group: about this model
 
 
 class LatentOptimizer(Optimizer):
@@ -73,7 +67,7 @@ class LatentOptimizer(Optimizer):
     def _reset_transient(self) -> None:
         """What can be found again after loading: never in a checkpoint."""
         self._kept = Kept()
-        self._written: dict[int, _Written] = {}  # by the id of a parameter; tensors hash in Python, and slowly
+        self._written = Written()
         self._weights: int | None = None  # how many are quantized
         self._edits = Edits(self.__dict__.get("param_groups", ()))
 
@@ -113,7 +107,9 @@ class LatentOptimizer(Optimizer):
             ValueError: a weight that is NaN or Inf; nothing is changed then.
         """
         self._check_idle("adopt_weights")
-        written = [entry for entry in self._parameters() if "latent" in entry[2] and not self._holds_ours(*entry)]
+        written = [
+            entry for entry in self._parameters() if "latent" in entry[2] and not self._written.holds_ours(*entry)
+        ]
         new = [held.initial_state(p, self._name(p), group) for group, p, _ in written]
         for (group, p, state), fresh in zip(written, new, strict=True):
             state.update({key: fresh[key] for key in ("latent", "scale", "trial_grad", "trial_step") if key in fresh})
@@ -135,17 +131,19 @@ class LatentOptimizer(Optimizer):
         if self.trial != "past" or self.param_groups[0]["evaluating"]:
             return
         self._check_untouched()
-        for group, p, state in self._parameters():
-            state["trial"] = p.clone()
-            if group["grid"] is not None:
-                state["trial_scale"] = state["scale"]
-            if group["grid"] is None:
-                self._hold(p, state["latent"])
-                continue
-            t = int(state["step"])
-            d = update.curvature(state["exp_avg_sq"], update.Rates.of(group, t)) if t else None
-            state["scale"] = held.exact_scale(state["latent"], d, len(state["scale"]), group)
-            self._hold_latent(p, state, group)
+        scales = [self._scale_to_ship(*entry) for entry in self._parameters() if entry[0]["grid"] is not None]
+        solved = iter(scales)
+        try:
+            for group, p, state in self._parameters():
+                state["trial"] = p.clone()
+                if group["grid"] is None:
+                    self._hold(p, state["latent"])
+                else:
+                    state["trial_scale"], state["scale"] = state["scale"], next(solved)
+                    self._hold_latent(p, state, group)
+        except BaseException:
+            self._leave_evaluation()
+            raise
         self._set_all(evaluating=True)
 
     @torch.no_grad()
@@ -159,10 +157,7 @@ class LatentOptimizer(Optimizer):
         if not self.param_groups[0]["evaluating"]:
             return
         self._check_untouched()
-        for group, p, state in self._parameters():
-            if group["grid"] is not None:
-                state["scale"] = state.pop("trial_scale")
-            self._hold(p, state.pop("trial"))
+        self._leave_evaluation()
         self._set_all(evaluating=False)
 
     @property
@@ -192,6 +187,8 @@ class LatentOptimizer(Optimizer):
                 state.pop(key, None)
             if trial in REMEMBERING:
                 state.update(held.no_trial_yet(state["exp_avg"]))
+            if trial == "past" and group["grid"] is None:
+                self._written.note(p)
         self._set_all(trial=trial)
         self._edits = Edits(self.param_groups)
 
@@ -240,6 +237,7 @@ class LatentOptimizer(Optimizer):
         """
         self._check_idle("load_state_dict")
         loaded: dict[str, Any] = {}
+        own = [{key: group[key] for key in _NAMING if key in group} for group in self.param_groups]
 
         def check(_: Optimizer, state: dict[str, Any]) -> None:
             checkpoint.check_loadable(self._owner, state, self.param_groups, self._name)
@@ -247,7 +245,9 @@ class LatentOptimizer(Optimizer):
 
         def repair(_: Optimizer) -> None:
             checkpoint.repair_dtypes(loaded, self.param_groups, self.state)
-            self._written.clear()
+            self._written.forget()
+            for group, naming in zip(self.param_groups, own, strict=True):
+                group.update(naming)  # torch takes those of the model that was saved
             evaluating = self.param_groups[0]["evaluating"]
             if self.trial != "past" or evaluating:
                 for group, p, state in self._parameters():
@@ -297,31 +297,32 @@ class LatentOptimizer(Optimizer):
             self.state[p] = state
             if group["grid"] is not None:
                 self._hold_latent(p, state, group)
+            elif "latent" in state:
+                self._written.note(p)
+
+    def _scale_to_ship(self, group: Group, p: Tensor, state: held.State) -> Tensor:
+        t = int(state["step"])
+        d = update.curvature(state["exp_avg_sq"], update.Rates.of(group, t)) if t else None
+        return held.exact_scale(state["latent"], d, len(state["scale"]), group)
+
+    def _leave_evaluation(self) -> None:
+        """Back to the trial point, wherever a parameter has left it."""
+        for _, p, state in self._parameters():
+            if "trial_scale" in state:
+                state["scale"] = state.pop("trial_scale")
+            if "trial" in state:
+                self._hold(p, state["trial"])
+                del state["trial"]
 
     def _hold_latent(self, p: Tensor, state: held.State, group: Group) -> None:
         held.hold(p, state, group)
-        self._written[id(p)] = _Written(p, p._version)
+        self._written.note(p)
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
 
     def _hold(self, p: Tensor, values: Tensor) -> None:
         p.copy_(values)
-        self._written[id(p)] = _Written(p, p._version)
+        self._written.note(p)
         torch.clear_autocast_cache()  # it holds casts of the weights as they were
-
-    def _has_written(self, batch: Batch) -> None:
-        quantized = batch.group["grid"] is not None
-        for p, state in zip(batch.parameters, batch.states, strict=True):
-            solved = (state["latent"], state["latent"]._version) if quantized else ()
-            self._written[id(p)] = _Written(p, p._version, *solved)
-
-    def _proof(self, p: Tensor, state: held.State) -> Tensor | None:
-        """What is finite if and only if the latent weight is: its scale, which all of it went into; else itself."""
-        latent: Tensor | None = state.get("latent")
-        if latent is None:
-            return None
-        written = self._written.get(id(p))
-        known = written is not None and written.solved is latent and written.solved_version == latent._version
-        return state["scale"] if known else latent
 
     @property
     def compiles(self) -> bool:
@@ -338,35 +339,15 @@ class LatentOptimizer(Optimizer):
         scale: Tensor = self.state[p]["scale"]
         return scale
 
-    def _is_ours(self, group: Group, p: Tensor, state: held.State) -> bool:
-        """Whether p holds what the optimizer wrote. At a trial point of "past" that can be told by the grid only: the
-        point cannot be computed again, the learning rate may have changed. Without a grid it cannot be told there.
-        """
-        written = self._written.get(id(p))
-        if group["grid"] is None or (written is not None and written.version == p._version):
-            return written is None or written.version == p._version
-        return self._holds_ours(group, p, state)
-
-    def _holds_ours(self, group: Group, p: Tensor, state: held.State) -> bool:
-        """`_is_ours` by the values themselves, which sees what was written through ``.data`` too."""
-        if group["grid"] is None:
-            return self._is_ours(group, p, state)
-        written = self._written.get(id(p))
-        if not p.is_cpu and written is not None and written.version == p._version:
-            # Compiled code of other devices may round a tie otherwise than the values that are computed here.
-            return held.is_on_grid(p, state["scale"], group)
-        weight = p if self.trial == "past" else state["latent"]
-        return torch.equal(held.held_values(weight, state["scale"], group).to(p.dtype), p)
-
     def _check_untouched(self) -> None:
         """Find weights written from outside since our last write: training would silently throw them away."""
+        past = self.trial == "past"
         for group in self.param_groups:
-            for p in group["params"] if group["grid"] is not None else ():
-                written = self._written.get(id(p))
-                if written is None or written.version != p._version:
-                    if not self._is_ours(group, p, self.state[p]):
+            for p in group["params"] if past or group["grid"] is not None else ():
+                if not self._written.untouched(p):
+                    if not self._written.is_ours(group, p, self.state[p]):
                         raise ValueError(self._changed_outside(p))
-                    self._written[id(p)] = _Written(p, p._version)
+                    self._written.note(p)
 
     def _changed_outside(self, p: Tensor) -> str:
         return (

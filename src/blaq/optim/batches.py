@@ -28,7 +28,7 @@ BATCH_UP_TO = 2**18  # weights of parameters together: what is copied stays in c
 _TAKEN = ("latent", "exp_avg", "exp_avg_sq", "trial_grad")
 _WITH_STORAGES = ("cpu", "cuda")  # whose tensors can be moved to other memory
 
-_ONE = torch.tensor(1.0, device="cpu")
+_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 Entry = tuple[Group, Tensor, Tensor, State]
 """A parameter with its group, its gradient and its state."""

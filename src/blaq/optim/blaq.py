@@ -1,5 +1,6 @@
 """BLAQ: loss-aware quantization with one step forward and backtrack, as a torch optimizer."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from blaq.optim import steps
 from blaq.optim.base import LatentOptimizer
 from blaq.optim.batches import Entry
-from blaq.optim.finite import Brought, all_usable, refuse_sparse
+from blaq.optim.finite import Brought, all_usable, refuse_float16, refuse_sparse
 from blaq.optim.options import REMEMBERING
 from blaq.optim.trial import Evaluations, Snapshot
 
@@ -183,7 +184,7 @@ class BLAQ(LatentOptimizer):
         try:
             if closure is not None:
                 self._evaluations.forget()  # of a batch that was skipped
-                before = [(p, grad) for _, p, grad, _ in self._with_gradients()] if two else []
+                before = [(p, weakref.ref(grad)) for _, p, grad, _ in self._with_gradients()] if two else []
                 self._cleared = False
                 with self.evaluation():
                     loss = closure()
@@ -196,6 +197,9 @@ class BLAQ(LatentOptimizer):
                     self._one_gradient(entries)
         except BaseException:
             self.abandon_step()
+            if scaler is not None:
+                for view in (self, self._second_view):  # else it refuses to unscale the gradients of the next step
+                    scaler._per_optimizer_states.pop(id(view), None)
             raise
         self._evaluations.forget()
         return loss
@@ -205,14 +209,15 @@ class BLAQ(LatentOptimizer):
         super().zero_grad(set_to_none)
         self._cleared = True
 
-    def _check_not_accumulated(self, before: list[tuple[Tensor, Tensor]]) -> None:
+    def _check_not_accumulated(self, before: list[tuple[Tensor, weakref.ref[Tensor]]]) -> None:
         """Refuse gradients that were added to those of an earlier pass: the second evaluation has none to add to."""
-        kept = [p for p, grad in before if p.grad is grad]
+        kept = [p for p, grad in before if p.grad is not None and p.grad is grad()]
         if kept and not self._cleared:
             raise ValueError(
-                f"{self._owner}.step(): the closure adds to the gradient that '{self._name(kept[0])}' had before, which a "
-                "second evaluation cannot do again; call zero_grad() in the closure. To accumulate gradients over "
-                "mini-batches, use evaluation(), forward_step() and backtrack_step(), or one gradient: trial='past' or 'none'."
+                f"{self._owner}.step(): the closure leaves '{self._name(kept[0])}' the gradient it had before, to be added "
+                "to, which a second evaluation cannot do again; call the optimizer's zero_grad() in the closure. To accumulate "
+                "gradients over mini-batches, use evaluation(), forward_step() and backtrack_step(), or one gradient: "
+                "trial='past' or 'none'."
             )
 
     def _second_gradient(self, first: list[Entry], closure: Closure, scaler: GradScaler | None) -> None:
@@ -235,7 +240,7 @@ class BLAQ(LatentOptimizer):
         trial = self.trial
         for batch in self._kept.of(entries, self.compiles):
             steps.one_gradient(batch, trial)
-            self._has_written(batch)
+            self._written.note_step(batch, self.trial)
         self._kept.count(remember=trial in REMEMBERING)
         self._count(1)
 
@@ -338,7 +343,7 @@ class BLAQ(LatentOptimizer):
                 pending.floats.update((p, p.clone()) for p in batch.parameters)
             scales = steps.to_trial_point(batch)
             pending.scales.update(zip(batch.parameters, scales, strict=False))  # none without a grid
-            self._has_written(batch)
+            self._written.note_step(batch, self.trial)
         self._kept.release()
         for p in pending.gradients:
             p.grad = None  # it is kept; what comes next is the gradient at the trial point
@@ -368,7 +373,7 @@ class BLAQ(LatentOptimizer):
             for batch in self._kept.of(entries, self.compiles):
                 first = [pending.gradients[p] for p in batch.parameters]
                 steps.advance(batch, first, batch.gradients)
-                self._has_written(batch)
+                self._written.note_step(batch, self.trial)
         except BaseException:  # batches that have not been stepped hold the trial point
             for group, p, state in self._parameters():
                 if group["grid"] is not None and p in pending.gradients:
@@ -396,7 +401,7 @@ class BLAQ(LatentOptimizer):
 
     def _gradients_usable(self, given: list[Entry], scaler: GradScaler | None, view: Any) -> bool:
         """Unscale the gradients and look for NaN and Inf: False to skip the step, an error where no scaler expects them."""
-        entries = [Brought(p, grad, self._proof(p, state)) for _, p, grad, state in given]
+        entries = [Brought(p, grad, self._written.proof(p, state)) for _, p, grad, state in given]
         refuse_sparse(self._owner, entries, self._name)
         found_inf: Tensor | None = getattr(self, "found_inf", None)  # GradScaler.step() sets it around its call
         if scaler is not None:
@@ -406,6 +411,7 @@ class BLAQ(LatentOptimizer):
                 return False
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             if grad_scale is not None:
+                refuse_float16(self._owner, entries, self._name)
                 for entry in entries:
                     entry.grad.div_(grad_scale)
         return all_usable(self._owner, entries, self._name, scaled=scaler is not None or found_inf is not None)

@@ -8,11 +8,12 @@ from torch import Tensor
 from blaq.grids import Grid
 from blaq.optim.options import FORMAT, GROUP_DEFAULTS, REMEMBERING, SHARED, parameter_name
 from blaq.optim.update import Group
-from blaq.projection import row_shape, widen
+from blaq.projection import row_shape
 
 # As large as the parameter. torch casts them to its dtype, which would round latent weights to bfloat16.
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "a", "clip", "curvature", *SHARED, *GROUP_DEFAULTS)
 _LIKE_PARAMETER = ("latent", "exp_avg", "exp_avg_sq", "trial_grad")
+_AS_SAVED = (*_LIKE_PARAMETER, "scale", "trial_scale")
 
 
 def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name: Callable[[Tensor], str]) -> None:
@@ -61,13 +62,11 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
 
 def repair_dtypes(saved: dict[str, Any], groups: list[Group], state: MutableMapping[Tensor, Any]) -> None:
     """Put copies of the saved tensors, uncast, in place of those that torch cast to the dtype of the parameter."""
-    for index, group, p in _parameters(saved, groups):
-        wide = p.dtype if group["grid"] is None else widen(p.new_empty(0)).dtype
-        dtypes = dict.fromkeys(_LIKE_PARAMETER, wide) | {"trial": p.dtype}
+    for index, _, p in _parameters(saved, groups):
         for key, value in saved["state"][index].items():
-            if key in dtypes:
-                state[p][key] = value.to(device=p.device, dtype=dtypes[key], copy=True)
-            elif key in ("scale", "trial_scale"):
+            if key == "trial":
+                state[p][key] = value.to(device=p.device, dtype=p.dtype, copy=True)
+            elif key in _AS_SAVED:
                 state[p][key] = value.to(device=p.device, copy=True)
             elif key in ("step", "trial_step"):
                 state[p][key] = value.clone()

@@ -18,6 +18,13 @@ from torch import Tensor
 COMPILED_FROM = 2**18
 _TORCH = (2, 13)  # from which compiled sums are as exact as those of torch itself
 
+_COMPILER = {
+    "specialize_int": True,  # levels are constants of a grid: only sizes are what changes
+    "specialize_float": True,
+    "recompile_limit": 2**16,  # a pass serves layers of all shapes and dtypes
+    "accumulated_recompile_limit": 2**16,
+}
+
 Options = tuple[tuple[str, Any], ...]
 
 _log = logging.getLogger("blaq")
@@ -64,9 +71,9 @@ def call(
     try:
         compiled = _Compiler.of(function, options)
         aliases = [_alias(tensor) for tensor in tensors]
-        with warnings.catch_warnings(), torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
+        with warnings.catch_warnings(), torch._dynamo.config.patch(_COMPILER):
             warnings.simplefilter("ignore")  # of the compiler about torch's own code
-            result = compiled(*aliases)  # levels are constants of a grid: only sizes are what changes
+            result = compiled(*aliases)
     except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
         _Compiler.broken, _Compiler.last = True, None
         _log.warning(

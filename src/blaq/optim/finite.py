@@ -27,6 +27,16 @@ def refuse_sparse(owner: str, entries: list[Brought], name: Callable[[Tensor], s
             raise ValueError(f"{owner}: '{name(entry.p)}' has a sparse gradient; use sparse=False in its layer.")
 
 
+def refuse_float16(owner: str, entries: list[Brought], name: Callable[[Tensor], str]) -> None:
+    """Refuse to unscale gradients in float16, by name: those that scaling has saved would be lost."""
+    for entry in entries:
+        if entry.grad.dtype == torch.float16:
+            raise ValueError(
+                f"{owner}: a GradScaler cannot unscale the float16 gradient of '{name(entry.p)}' without losing small entries; "
+                "keep parameters in float32 and compute under torch.autocast."
+            )
+
+
 def all_usable(owner: str, entries: list[Brought], name: Callable[[Tensor], str], *, scaled: bool) -> bool:
     """Whether a step may be made of them.
 

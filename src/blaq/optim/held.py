@@ -30,16 +30,16 @@ def initial_state(p: Tensor, name: str, group: Group) -> State:
     """The state before the first gradient; with a grid, the scale is an exact solve with curvature 1.
 
     Raises:
-        ValueError: a weight that is NaN or Inf.
+        ValueError: a latent weight that is NaN or Inf.
     """
     work = p if group["grid"] is None else _laid_out(widen(p), group["granularity"])
-    state: State = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(work), "exp_avg_sq": torch.zeros_like(work)}
+    state: State = {"step": _counter(), "exp_avg": torch.zeros_like(work), "exp_avg_sq": torch.zeros_like(work)}
     if group["grid"] is not None or group["trial"] == "past":
+        check_finite(p, f"'{name}'")
         state["latent"] = torch.empty_like(state["exp_avg"]).copy_(work)
     if group["trial"] in REMEMBERING:
         state.update(no_trial_yet(state["exp_avg"]))
     if group["grid"] is not None:
-        check_finite(p, f"'{name}'")
         rows = row_shape(p.shape, group["granularity"], f"'{name}' ")
         state["scale"] = exact_scale(state["latent"], None, rows[0], group)
     return state
@@ -71,7 +71,12 @@ def no_trial_yet(like: Tensor) -> State:
 
     There from the start: distributed checkpoints load into the keys that a new optimizer has.
     """
-    return {"trial_grad": torch.zeros_like(like), "trial_step": torch.tensor(0.0)}
+    return {"trial_grad": torch.zeros_like(like), "trial_step": _counter()}
+
+
+def _counter() -> Tensor:
+    """Of steps, as torch has it: bfloat16, where that is the default, would stop at 256."""
+    return torch.tensor(0.0, dtype=torch.float32)
 
 
 def exact_scale(w: Tensor, d: Tensor | None, rows: int, group: Group) -> Tensor:

@@ -183,7 +183,7 @@ def _row(name: str, p: Tensor, quantized: bool, scales: int, trial: str) -> Memo
         latent=work if quantized or trial == "past" else 0,
         scale=scale,
         remembered=work if remembers else 0,
-        counters=(1 + remembers) * torch.tensor(0.0).element_size(),
+        counters=(1 + remembers) * torch.float32.itemsize,
         # Without a grid the copy of the parameter stands where the scales of a trial point stand with one.
         aside={"fresh": own + (scale if quantized else own), "past": own + scale}.get(trial, 0),
     )
