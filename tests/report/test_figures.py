@@ -23,6 +23,7 @@ from blaq.report.page import Report, build
 from blaq.report.panels import Panel, arrange
 from blaq.report.read import Trajectory, read_runs
 from blaq.report.static import positions
+from blaq.report.tables import layer_table
 from blaq.report.weights import changes, grids_of, layer_zigzag, thresholds, trajectories
 
 WriteRun = Callable[..., Path]
@@ -137,6 +138,34 @@ def test_titles_say_the_finding(compared: Path) -> None:
     assert decoded(zig.y["trial_agreement"].traces[1]["y"]) == []  # LAQ has no trial
 
 
+def test_a_running_measure_is_told_as_it_ends(compared: Path) -> None:
+    for run in compared.iterdir():
+        rows = [json.loads(row) for row in (run / "zigzag.jsonl").read_text().splitlines()]
+        for row in rows:
+            row |= {"path_efficiency": 1 / row["epoch"], "oscillation_frequency": 0.01 * row["epoch"]}
+        (run / "zigzag.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    panel = only_panel(compared)
+    figure = zigzag(panel, "z", text=False)
+    assert figure is not None
+    assert figure.titles["path_efficiency steps"] == "Path efficiency at the end of training: LAQ 0.143; BLAQ 0.143"
+    assert figure.titles["oscillation_frequency steps"] == "Oscillation at the end of training: LAQ 7 %; BLAQ 7 %"
+    assert figure.caption.startswith(
+        "Over all quantized weights: means over the probes of an epoch, but of oscillation and path efficiency the value at "
+        "its end. Mean of 3 seeds;"
+    )
+    table = layer_table(panel.variants[0], panel.variants)
+    assert [row[table.head.index("LAQ: oscillation (%)")] for row in table.rows if "fc1.weight" in row] == ["7"]
+
+
+def test_of_runs_only_the_probed_are_counted(tmp_path: Path, write_run: WriteRun) -> None:
+    for seed in range(3):
+        write_run(tmp_path / f"laq-{seed}", seed=seed, zigzag_rate=0.3 if seed == 0 else None)
+    panel = only_panel(tmp_path)
+    figure = zigzag(panel, "z", text=False)
+    assert figure is not None and figure.caption.endswith("One seed each, so there is no band.")
+    assert convergence(panel, "c", text=False).caption.startswith("Mean of 3 seeds;")
+
+
 def test_layers(compared: Path) -> None:
     figure = layer_zigzag(only_panel(compared).variants, "l")
     assert figure is not None
@@ -186,6 +215,25 @@ def test_paths_are_in_units_of_the_scale(compared: Path) -> None:
     )
     assert [shape["y0"] for shape in laq.y["fc1.weight"].layout["shapes"]] == [0.0]
     assert laq.y["fc1.weight"].layout["yaxis.range"] == blaq.y["fc1.weight"].layout["yaxis.range"]
+
+
+def test_a_long_path_loses_no_crossing(tmp_path: Path, write_run: WriteRun) -> None:
+    path = write_run(tmp_path / "laq", zigzag_rate=0.1)
+    lines = [
+        {"step": step, "layer": "fc1.weight", "index": [0, 1], "latent": [(-1) ** step * 0.1, 0.001 * step - 0.45],
+         "value": [(-1) ** step * 0.1, 0.1], "scale": [0.1, 0.1], "trial": False}
+        for step in range(1, 901)
+    ]  # fmt: skip
+    (path / "trajectories.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (figure,) = trajectories(only_panel(tmp_path).variants, "w")
+    assert figure.caption == "Seed 0. Of every 4 probes the lowest and the highest are drawn."
+    flipping, crossing = figure.y["fc1.weight"].traces[:2]
+    assert set(decoded(flipping["y"])) == {1.0, -1.0}
+    assert len(decoded(flipping["y"])) == 450 <= MAX_POINTS
+    assert all(one != other for one, other in pairwise(decoded(flipping["y"])))
+    steps = decoded(crossing["x"])
+    assert (steps[0], steps[-1]) == (1, 900) and steps == sorted(steps)
+    assert decoded(crossing["y"]) == pytest.approx([0.01 * step - 4.5 for step in steps], abs=1e-5)
 
 
 def test_changes_follow_the_level_not_the_scale() -> None:

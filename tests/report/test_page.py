@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -189,6 +190,20 @@ def test_layers_of_a_real_run(tmp_path: Path, recipe: Recipe) -> None:
     assert (cells["bn1.bias"]["Grid"], cells["bn1.bias"]["Bits"]) == ("float32", "32")
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: b"junk", lambda content: b""])
+def test_layers_of_a_damaged_checkpoint_are_those_of_the_plan(
+    damage: Callable[[bytes], bytes], tmp_path: Path, recipe: Recipe
+) -> None:
+    train(recipe.with_(["train.epochs=1", "optim.bits=2", "optim.method=laq"]), tmp_path / "run", progress=False)
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    page = body(page_of(tmp_path / "run"))
+    assert "LAQ, seed 0; its checkpoint is damaged and cannot be read, nor can its levels." in page
+    (layers,) = [table for table in Tables(page).tables if table[0][0] == "Layer"]
+    cells = {row[0]: dict(zip(layers[0], row, strict=True)) for row in layers[1:]}
+    assert (cells["fc1.weight"]["Grid"], cells["fc1.weight"]["Levels taken"]) == ("ternary", "")
+
+
 def test_marked_code_stands_between_backquotes() -> None:
     assert code_marked("`a` and `b`") == [(True, "a"), (False, " and "), (True, "b")]
 
@@ -201,6 +216,21 @@ def test_the_command(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == "1 bit (binary): One seed: no claim about BLAQ and LAQ at equal steps."
     assert re.fullmatch(r"Written to report\.html \(\d\.\d MB\)", last)
     assert "2 runs, 1 seed: LAQ, BLAQ." in Path("report.html").read_text()
+
+
+def test_the_command_says_first_what_the_ends_of_the_runs_say(
+    tmp_path: Path, write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, noise in enumerate((0.0, 0.1, 0.3)):
+        write_run(tmp_path / "runs" / f"laq-s{seed}", seed=seed, epochs=20, schedule="cosine", test_error=2 + noise)
+        write_run(
+            tmp_path / "runs" / f"blaq-s{seed}", method="blaq", seed=seed, schedule="cosine", test_error=4 - noise
+        )
+    done = CliRunner().invoke(app, ["report", "runs"])
+    assert done.stdout.splitlines()[0] == (
+        "1 bit (binary): BLAQ is behind LAQ at equal gradient evaluations, beyond seed noise."
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,6 +281,20 @@ def test_costs_are_those_to_the_target_of_the_comparison(compared: Path, recipe:
     (head, *rows), *_ = Tables(body(page_of(compared))).tables
     spent = {row[0]: dict(zip(head, row, strict=True))["Steps to target"] for row in rows}
     assert spent["LAQ"] == "-"
+
+
+@pytest.mark.parametrize("state", ["failed", "unfinished", "gone"])
+def test_without_a_seed_no_cost_to_the_target_is_told(state: str, compared: Path, recipe: Recipe) -> None:
+    run = compared / "runs" / "laq-s1"
+    (run / "result.json").unlink()
+    if state == "gone":
+        shutil.rmtree(run)
+    comparison(compared, recipe, {} if state == "unfinished" else {"laq-s1": "the training loss is nan"}, 0.25)
+    (head, *rows), *_ = Tables(body(page_of(compared))).tables
+    cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    names = ("Steps to target", "Gradients to target", "Time to target (s)")
+    assert [cells["LAQ"][name] for name in names] == ["-"] * 3
+    assert [cells["BLAQ"][name] for name in names] == ["24", "48", "4.0"]  # no seed of it is missing
 
 
 def test_two_targets_are_told_and_neither_is_taken(compared: Path, recipe: Recipe, write_run: WriteRun) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from blaq.report.panels import Panel, arrange
 from blaq.report.read import read_runs
-from blaq.train.config import Recipe
+from blaq.train.config import Recipe, RuleConfig
 
 WriteRun = Callable[..., Path]
 
@@ -82,8 +82,40 @@ def test_a_rule_that_some_runs_have_makes_panels(tmp_path: Path, write_run: Writ
         for method in ("float", "laq"):
             write_run(tmp_path / name / method, method=method, rules=rules, seed=len(rules))
     (task,) = arrange(read_runs([tmp_path / "without", tmp_path / "with"]))
-    assert [panel.label for panel in task.panels] == ["1 bit (binary), fc1 = none", "1 bit (binary), fc1 = float"]
+    assert [panel.label for panel in task.panels] == ["1 bit (binary), fc1: no rule", "1 bit (binary), fc1: float"]
     assert [labels(panel) for panel in task.panels] == [["float32", "LAQ"]] * 2  # float reads no rules
+
+
+def test_rules_are_called_by_their_pattern_and_what_they_state(tmp_path: Path, write_run: WriteRun) -> None:
+    made = (
+        {"fc1": RuleConfig(bits=4)},
+        {"fc1": "linear4"},  # the same in other words
+        {"fc2": RuleConfig(bits=4)},
+        {"fc1.weight": RuleConfig(bits="float"), "fc2.weight": RuleConfig(granularity="channel", solver="exact")},
+    )
+    for seed, rules in enumerate(made):
+        write_run(tmp_path / f"{seed}", seed=seed, rules=rules)
+    (task,) = arrange(read_runs([tmp_path]))
+    rest = {panel.label.removeprefix("1 bit (binary), "): panel.variants[0].seeds for panel in task.panels}
+    assert rest == {
+        "fc1: 4 bits (linear4), fc1.weight: no rule, fc2: no rule, fc2.weight: no rule": (0, 1),
+        "fc2: 4 bits (linear4), fc1: no rule, fc1.weight: no rule, fc2.weight: no rule": (2,),
+        "fc1.weight: float, fc2.weight: granularity = channel and solver = exact, fc1: no rule, fc2: no rule": (3,),
+    }
+
+
+def test_a_float_run_of_another_network_stands_apart(tmp_path: Path, write_run: WriteRun, recipe: Recipe) -> None:
+    larger = replace(
+        recipe, model=replace(recipe.model, options={"inputs": 64})
+    )  # hidden layers as the network has them
+    for seed in range(2):
+        write_run(tmp_path / f"laq-{seed}", seed=seed)
+        write_run(tmp_path / f"float-{seed}", method="float", seed=seed)
+        write_run(tmp_path / f"larger-{seed}", method="float", seed=seed, recipe=larger)
+    (task,) = arrange(read_runs([tmp_path]))
+    assert {panel.label: labels(panel) for panel in task.panels} == {
+        "hidden = none": ["float32"], "hidden = (16,), 1 bit (binary)": ["float32", "LAQ"],
+    }  # fmt: skip
 
 
 def test_a_equal_to_one_is_laq(tmp_path: Path, write_run: WriteRun) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +68,31 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path, write_run: WriteRun)
     (path / name).write_text('{"epoch": oops}\n')
     with pytest.raises(ValueError, match=rf"'.*{name}' is damaged"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "why"),
+    [
+        ("metrics.jsonl", "gradient_evaluations", None, "a line without 'gradient_evaluations'"),
+        ("metrics.jsonl", "train_loss", "low", "could not convert string to float: 'low'"),
+        ("zigzag.jsonl", "layer", None, "a line without 'layer'"),
+        ("zigzag.jsonl", "epoch", None, "a line without 'epoch'"),
+        ("trajectories.jsonl", "scale", None, "a line without 'scale'"),
+        ("trajectories.jsonl", "value", [0.1], "latent, value and scale of different lengths"),
+        ("trajectories.jsonl", "latent", 0.1, "latent, value and scale of different lengths"),
+    ],
+)
+def test_lines_that_are_not_those_of_a_run_are_named(
+    name: str, key: str, value: object, why: str, tmp_path: Path, write_run: WriteRun
+) -> None:
+    path = write_run(tmp_path / "run", zigzag_rate=0.1) / name
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        del row[key]
+        row |= {} if value is None else {key: value}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=rf"'.*{name}' is damaged \({re.escape(why)}\)"):
+        read_trajectories(read_run(tmp_path / "run"))
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from scipy.stats import ttest_1samp
 
 from blaq.report import rules
 from blaq.report.ablation import ablations
+from blaq.report.figures import convergence
 from blaq.report.page import build
 from blaq.report.panels import arrange
 from blaq.report.read import read_runs
@@ -80,6 +81,35 @@ def test_one_seed_makes_no_claim(make: Make, tmp_path: Path) -> None:
     assert {statement.tone for statement in found} == {"note"}
 
 
+def test_the_same_difference_in_every_seed_is_no_claim(make: Make, tmp_path: Path) -> None:
+    make("laq", LAQ, zigzag_rate=0.02)
+    for a, down in ((0.6, 0.5), (0.8, 0.6)):
+        make("past", [error - down for error in LAQ], a=a, zigzag_rate=0.02)
+    first, *others = statements(tmp_path)
+    assert first.tone == "note"
+    assert first.head == (
+        "Past, a = 0.6 and LAQ have the same difference in every seed at equal steps and gradient evaluations: no interval, so "
+        "no claim"
+    )
+    assert first.text.startswith(f"Test error {MINUS}0.50 points (the same for 3 seeds, so no interval)")
+    assert not others  # neither "no gain", nor a count of what is ahead by chance
+    (task,) = arrange(read_runs([tmp_path]))
+    assert headline(task)[0] == (
+        "Past against LAQ at equal steps: the same difference in every seed, so no interval at 1 bit (binary)."
+    )
+    (settings,) = ablations(task.panels[0], "x", text=False)
+    assert (
+        "1.50 ± 0.10 %, with the same difference in every seed, so no interval, to LAQ's 2.00"
+        in (settings.titles["test_error "])
+    )
+
+
+def test_methods_that_give_the_same_do_not_differ(make: Make, tmp_path: Path) -> None:
+    make("laq", LAQ)
+    make("past", LAQ)
+    assert len(of_tone(tmp_path, "level")) == 1
+
+
 def test_without_laq_it_is_said_what_to_add(make: Make, tmp_path: Path) -> None:
     make("blaq", LAQ)
     make("float", LAQ)
@@ -125,6 +155,38 @@ def test_laq_with_as_many_gradients_is_taken_where_it_is(make: Make, tmp_path: P
     assert at_steps.head == "BLAQ is ahead of LAQ, epochs = 10 at equal steps, beyond seed noise"
     assert at_gradients.head == "BLAQ is behind LAQ, epochs = 20 at equal gradient evaluations, beyond seed noise"
     assert at_gradients.text.startswith("Test error +0.50 points") and "Read off" not in at_gradients.text
+
+
+def test_a_curve_read_off_in_the_middle_of_a_schedule_is_no_finding(make: Make, tmp_path: Path) -> None:
+    # Equal gradients: when BLAQ ends, LAQ has half of its schedule before it.
+    make("laq", LAQ, epochs=20, schedule="cosine", zigzag_rate=0.02, loss=[1 - 0.02 * epoch for epoch in range(20)])
+    for a in (0.6, 0.7):
+        losses = [1 - 0.02 * epoch for epoch in range(10)]
+        make("blaq", [2.5, 2.61, 2.38], a=a, epochs=10, schedule="cosine", zigzag_rate=0.02, loss=losses)
+    at_gradients, at_steps, *others = statements(tmp_path)
+    head = "BLAQ, a = 0.6 is behind LAQ at equal gradient evaluations, beyond seed noise"
+    assert (at_gradients.tone, at_gradients.head) == ("behind", head)
+    assert at_steps.tone == "note"
+    assert at_steps.head == "BLAQ, a = 0.6 and LAQ at equal steps: read off before LAQ's schedule ended"
+    assert "The learning rate of the longer ones had not finished its schedule there." in at_steps.text
+    assert [other.head for other in others] == [
+        "Of 2 settings 0 are ahead of LAQ at equal gradient evaluations and 2 behind"
+    ]
+    (task,) = arrange(read_runs([tmp_path]))
+    assert headline(task)[0] == (
+        "BLAQ against LAQ at equal steps: read off before LAQ's schedule ended at 1 bit (binary)."
+    )
+    titles = convergence(task.panels[0], "c", text=False).titles
+    assert titles["validation_error steps"] == (
+        "Validation error against LAQ at equal steps: BLAQ, a = 0.6 read off before LAQ's schedule ended"
+    )
+
+
+def test_whichever_is_longer_is_read_off(make: Make, tmp_path: Path) -> None:
+    for method in ("laq", "blaq"):
+        make(method, LAQ, schedule="exponential", schedule_factor=0.9)
+    heads = of_tone(tmp_path, "note")
+    assert heads[0] == "BLAQ and LAQ at equal gradient evaluations: read off before BLAQ's schedule ended"
 
 
 def test_a_of_one_is_no_control_at_equal_gradients(make: Make, tmp_path: Path) -> None:
@@ -197,7 +259,7 @@ def test_methods_that_do_not_look_ahead_have_no_step_back_to_blame(method: str, 
 def test_what_looks_ahead_is_spoken_of_first(make: Make, tmp_path: Path) -> None:
     for method in ("bwn", "delayed", "past", "laq", "blaq"):
         make(method, LAQ)
-    assert [statement.head.split()[0] for statement in statements(tmp_path) if " LAQ do not" in statement.head] == [
+    assert [statement.head.split()[0] for statement in statements(tmp_path) if " and LAQ " in statement.head] == [
         "BLAQ", "BLAQ", "Past", "Delayed", "BWN",
     ]  # fmt: skip
 
@@ -225,6 +287,36 @@ def test_of_many_settings_validation_chooses_and_chance_is_told(make: Make, tmp_
     assert found[0].head == "BLAQ, a = 0.6 and LAQ do not differ beyond seed noise at equal steps"
     assert found[-1].head == "Of 4 settings 1 is ahead of LAQ at equal steps and 0 behind"
     assert "By chance alone about 0.1 would be" in found[-1].text
+
+
+@pytest.mark.parametrize(("method", "seed"), [("past", 0), ("laq", 7), ("laq", 1)])
+def test_a_run_that_stands_alone_speaks_for_no_method(
+    method: str, seed: int, make: Make, tmp_path: Path, write_run: WriteRun
+) -> None:
+    make("laq", LAQ)
+    make("past", [1.5, 1.62, 1.38])
+    make("float", [1.0, 1.1, 0.9])
+    before = [statement.text for statement in statements(tmp_path)]
+    write_run(tmp_path / "tried", method=method, seed=seed, lr=0.02, loss=[0.04] * 10)  # of lower validation error
+    *found, note = statements(tmp_path)
+    assert [statement.text for statement in found if not statement.head.startswith("Of 1 settings")] == before
+    assert note.head == "1 setting is passed over for missing or failed seeds"
+    label = {"past": "Past", "laq": "LAQ"}[method]
+    assert note.text.startswith(f"{label}, learning rate = 0.02 (seeds {seed}). ")
+    (task,) = arrange(read_runs([tmp_path]))
+    (settings,) = ablations(task.panels[0], "x", text=False)
+    assert settings.titles["test_error "].startswith(f"Validation data choose {label}, learning rate = 0.01: ")
+    assert settings.caption.endswith("Validation chooses among those with the most seeds.")
+
+
+def test_laq_is_that_with_the_most_seeds_in_common(make: Make, tmp_path: Path, write_run: WriteRun) -> None:
+    make("past", [1.5, 1.62, 1.38])
+    make("laq", LAQ)
+    for seed in range(10, 14):
+        write_run(tmp_path / f"other-{seed}", seed=seed, lr=0.02, loss=[0.04] * 10)
+    first, *_, note = statements(tmp_path)
+    assert first.head.startswith("Past is ahead of LAQ, learning rate = 0.01 at equal steps")
+    assert note.text.startswith("LAQ, learning rate = 0.02 (seeds 10, 11, 12, 13). ")
 
 
 def test_what_quantizing_costs(make: Make, tmp_path: Path) -> None:

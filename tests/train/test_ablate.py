@@ -169,6 +169,36 @@ def test_a_single_seed_claims_nothing() -> None:
     assert line.endswith("LAQ (a=1) has 2.00 % [a single seed, which cannot tell anything from seed noise].")
 
 
+def test_the_same_difference_in_every_seed_is_no_claim() -> None:
+    (line,) = ablation(
+        runs({"optim.a": "0.3"}, 1.0, 1.5, 2.0),
+        runs({"optim.a": "0.6"}, 2.5, 2.6, 3.3),
+        runs({"optim.a": "1"}, 2.0, 2.5, 3.0),
+    ).conclusion()
+    assert line.endswith(
+        "none ahead, none behind, 1 not told apart from seed noise, 1 (a=0.3 (-1.00)) the same distance away in every seed "
+        "[95 % intervals, paired t; differences without any spread have no interval; by chance alone about 0.05 of 1 would be "
+        "ahead or behind]."
+    )
+
+
+def test_the_seed_that_a_failing_setting_left_is_not_chosen() -> None:
+    found = ablation(
+        runs({"optim.a": "0.3", "optim.period": "1"}, 0.5, validation=0.1),
+        runs({"optim.a": "0.6", "optim.period": "1"}, 1.0, 1.2, 1.1, validation=1.0),
+        runs({"optim.a": "1", "optim.period": "1"}, 2.0),
+        runs({"optim.a": "1", "optim.period": "5"}, 2.0, 2.2, 2.11),
+    )
+    (group,) = found.groups
+    assert group.reference is not None and group.reference.name == "a=1, period=5"
+    (line,) = found.conclusion()
+    assert line.startswith(
+        "Look at test error: the lowest validation error has a=0.6, period=1, with test error 1.10 ± 0.10 %; with missing "
+        "seeds, so not chosen beside fuller ones: 2 (a=0.3, period=1: 1 of 3; a=1, period=1: 1 of 3); against LAQ (a=1, "
+        "period=5: 2.10 ± 0.10 %) 1 (a=0.6, period=1"
+    )
+
+
 def test_laq_alone_is_not_called_a_single_seed() -> None:
     lines = ablation(
         *[runs({"optim.method": "laq", "optim.bits": bits}, 2.0, 2.1, 2.2) for bits in ("1", "2")]

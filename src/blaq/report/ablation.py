@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from blaq.report.contrast import best as lowest
-from blaq.report.contrast import validation_field
+from blaq.report.contrast import fullest, validation_field
 from blaq.report.figures import BLUE, BLUES, VERMILLION, Figure, View, axis_label, base_layout, encoded
 from blaq.report.panels import Panel, Variant
-from blaq.report.rules import standing
+from blaq.report.rules import Standing, standing
 from blaq.report.settings import method_name, setting_text
 from blaq.report.words import loss_digits
 from blaq.train.statistics import paired
@@ -62,16 +62,19 @@ def _shown(variant: Variant, name: str) -> str:
 
 def _title(panel: Panel, variants: Sequence[Variant], name: str, *, text: bool) -> str:
     """The setting that validation data choose, and where LAQ stands to it."""
-    best = min(variants, key=lambda variant: variant.mean(validation_field(text)))
+    best = min(fullest(variants), key=lambda variant: variant.mean(validation_field(text)))
     what, unit = FIELDS[name].removesuffix(" (%)"), " %" if name == "test_error" else ""
     title = f"Validation data choose {best.label}: {what} {_shown(best, name)}{unit}"
     named = [variant for variant in panel.controls if variant.method == "laq"]
-    laq = lowest(named or panel.controls, text=text)
+    laq = lowest(named or panel.controls, best.seeds, text=text)
     if laq is None or laq is best or best.method == "laq":
         return title
     stands = standing(paired(best.results(name), laq.results(name)))
     whose = ("LAQ's" if len(named) == 1 else f"{laq.label}'s") if named else "LAQ's (a = 1)"
-    said = {"ahead": "lower than", "behind": "higher than", "level": "within seed noise of", "unknown": "beside"}
+    said: dict[Standing, str] = {
+        "ahead": "lower than", "behind": "higher than", "level": "within seed noise of", "unknown": "beside",
+        "flat": "with the same difference in every seed, so no interval, to",
+    }  # fmt: skip
     return f"{title}, {said[stands]} {whose} {_shown(laq, name)}{unit}"
 
 
@@ -79,9 +82,10 @@ def _caption(variants: Sequence[Variant]) -> str:
     seeds = sorted({len(variant.runs) for variant in variants})
     of = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     spread = "mean ± one standard deviation" if seeds[-1] > 1 else "one run"
+    passed_over = "" if len(seeds) == 1 else " Validation chooses among those with the most seeds."
     return (
         f"Every value is the {spread} of {of} {'seed' if seeds == [1] else 'seeds'}: test values at the epoch with the lowest "
-        "validation error, training loss of the last epoch."
+        f"validation error, training loss of the last epoch.{passed_over}"
     )
 
 

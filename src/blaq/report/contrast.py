@@ -1,7 +1,7 @@
 """A variant set against LAQ: which LAQ, at how many steps or gradients, and by how much they differ."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from blaq.report import rules
 from blaq.report.panels import Panel, Variant
+from blaq.report.settings import method_name
 from blaq.train.statistics import Difference, paired
 
 Axis = Literal["steps", "gradient_evaluations"]
 
 AXIS_WORDS: dict[Axis, str] = {"steps": "steps", "gradient_evaluations": "gradient evaluations"}
+# Of the path since training began, and an average that goes on: each value stands for all before it.
+RUNNING = frozenset({"path_efficiency", "oscillation_frequency"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +40,45 @@ class Comparison:
     main: Difference | None
     loss: Difference | None
 
+    @property
+    def early(self) -> str:
+        """Which of the two is read off in the middle of its learning-rate schedule, in words; empty if neither is."""
+        longer = max(self.variant, self.control, key=lambda of: of.mean(self.axis))
+        if self.at_end or longer.settings.get("optim.schedule") == "constant":
+            return ""
+        return f"read off before {'LAQ' if longer is self.control else method_name(longer.method)}'s schedule ended"
 
-def best(variants: Sequence[Variant], *, text: bool) -> Variant | None:
-    """That of the lowest mean validation error (text: loss); None of none."""
-    return min(variants, key=lambda variant: variant.mean(validation_field(text)), default=None)
+    def standing(self, difference: Difference | None) -> rules.Standing:
+        """What a difference of the two allows to say: no more than ``early`` where a learning rate still had to fall."""
+        found = rules.standing(difference)
+        return "early" if self.early and found != "unknown" else found
+
+
+def fullest(variants: Sequence[Variant], seeds: Collection[int] | None = None) -> list[Variant]:
+    """The variants with the most seeds, or the most of the given ones. They alone are chosen among: the lowest error of a
+    setting tried once, or of the seed that a failing one left, may be luck, and would leave the others' seeds without a pair.
+    """
+    counts = [len(of.seeds if seeds is None else set(of.seeds) & set(seeds)) for of in variants]
+    return [of for of, count in zip(variants, counts, strict=True) if count == max(counts)]
+
+
+def best(variants: Sequence[Variant], seeds: Collection[int] | None = None, *, text: bool) -> Variant | None:
+    """Of the `fullest` that of the lowest mean validation error (text: loss); None of none."""
+    return min(fullest(variants, seeds), key=lambda variant: variant.mean(validation_field(text)), default=None)
 
 
 def featured(panel: Panel, *, text: bool) -> list[Variant]:
-    """One variant a method, that of the lowest mean validation error (text: loss), in the panel's order."""
-    field = validation_field(text)
-    best: dict[str, Variant] = {}
-    for variant in panel.variants:
-        kind = "laq" if variant.control else variant.method
-        if kind not in best or variant.mean(field) < best[kind].mean(field):
-            best[kind] = variant
-    return [variant for variant in panel.variants if variant in best.values()]
+    """One variant a method, the `best`, in the panel's order."""
+    chosen = [best(variants, text=text) for variants in _by_method(panel).values()]
+    return [variant for variant in panel.variants if variant in chosen]
+
+
+def passed_over(panel: Panel, rivals: Sequence[Variant]) -> list[Variant]:
+    """What was not chosen among: others of its method have more seeds, or other LAQ variants more in common with the rivals."""
+    among = {method: fullest(variants) for method, variants in _by_method(panel).items()}
+    if rivals:
+        among["laq"] = [of for rival in rivals for axis in AXIS_WORDS for of in _controls(rival, panel, axis)]
+    return [variant for variant in panel.variants if not any(variant in found for found in among.values())]
 
 
 def challengers(panel: Panel, *, text: bool) -> list[Variant]:
@@ -64,11 +91,10 @@ def challengers(panel: Panel, *, text: bool) -> list[Variant]:
 def compare(variant: Variant, panel: Panel, axis: Axis, *, text: bool) -> Comparison | None:
     """A variant against the LAQ variant of the nearest length on an axis, of several that with the lowest validation error.
 
-    Both are compared at their ends where they are equally long, else on the curves, at the end of the shorter one. a = 1 with
-    two gradients a step is LAQ, but not at its cost: it is no control at equal gradients.
+    Both are compared at their ends where they are equally long, else on the curves, at the end of the shorter one.
     """
     length = {id(of): of.mean(axis) for of in (variant, *panel.controls)}
-    controls = [of for of in panel.controls if axis == "steps" or of.mean("steps") == of.mean("gradient_evaluations")]
+    controls = _controls(variant, panel, axis)
     if not controls:
         return None
 
@@ -96,27 +122,44 @@ def difference_at(variant: Variant, control: Variant, axis: Axis, measure: str, 
     return paired(_read_off(variant, axis, measure, point), _read_off(control, axis, measure, point))
 
 
-def late_mean(values: NDArray[np.float64]) -> float:
-    """Mean of the finite values in the second half; NaN without any.
+def late_value(measure: str, values: NDArray[np.float64]) -> float:
+    """What a zig-zag measure came to: mean of the finite values in the second half, the last of a running one; NaN without any.
 
     Example:
-        >>> late_mean(np.array([9.0, 9.0, 1.0, 3.0]))
-        2.0
+        >>> values = np.array([9.0, 9.0, 1.0, 3.0])
+        >>> late_value("zigzag_rate", values), late_value("path_efficiency", values)
+        (2.0, 3.0)
     """
     late = values[len(values) // 2 :]
-    late = late[np.isfinite(late)]
+    late = late[np.isfinite(late)][-1 if measure in RUNNING else 0 :]
     return float(late.mean()) if len(late) else math.nan
 
 
 def late_zigzag(variant: Variant, measure: str = "zigzag_rate") -> float:
-    """Mean of a zig-zag measure of all weights over the second half of training; NaN where it was not probed."""
+    """What a zig-zag measure of all weights came to late in training; NaN where it was not probed."""
     band = variant.zigzag_band(measure)
-    return math.nan if band is None else late_mean(band.mean)
+    return math.nan if band is None else late_value(measure, band.mean)
 
 
 def validation_field(text: bool) -> str:
     """The column of the metrics by which settings and epochs are chosen."""
     return "validation_loss" if text else "validation_error"
+
+
+def _by_method(panel: Panel) -> dict[str, list[Variant]]:
+    """The variants of each method; a = 1 is LAQ."""
+    found: dict[str, list[Variant]] = {}
+    for variant in panel.variants:
+        found.setdefault("laq" if variant.control else variant.method, []).append(variant)
+    return found
+
+
+def _controls(variant: Variant, panel: Panel, axis: Axis) -> list[Variant]:
+    """The LAQ variants to choose from: the `fullest` in its seeds. a = 1 with two gradients a step is LAQ, but not at its cost:
+    it is no control at equal gradients.
+    """
+    found = [of for of in panel.controls if axis == "steps" or of.mean("steps") == of.mean("gradient_evaluations")]
+    return fullest(found, variant.seeds)
 
 
 def _read_off(variant: Variant, axis: Axis, measure: str, point: float) -> dict[int, float]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blaq.report.contrast import AXIS_WORDS, challengers, compare, difference_at, featured, late_mean
+from blaq.report.contrast import AXIS_WORDS, RUNNING, challengers, compare, difference_at, featured, late_value
 from blaq.report.panels import Band, Panel, Variant
-from blaq.report.rules import standing
+from blaq.report.rules import Standing
 from blaq.report.settings import setting_name
 
 # Okabe and Ito (2008): told apart with any common colour vision. Grey in place of black, and no yellow: both have to
@@ -119,7 +119,7 @@ def convergence(panel: Panel, slug: str, *, text: bool) -> Figure:
         f"{name} {axis}": _convergence_title(panel, name, axis, text=text) for name in names for axis in AXIS_WORDS
     }
     labels = {name: MEASURES[name] for name in names}
-    return _curves(panel.variants, measures, labels, logarithmic, titles, slug, _seeds_caption(panel.variants))
+    return _curves(panel.variants, measures, labels, logarithmic, titles, slug, _seeds_caption(measures["train_loss"]))
 
 
 def zigzag(panel: Panel, slug: str, *, text: bool) -> Figure | None:
@@ -136,7 +136,10 @@ def zigzag(panel: Panel, slug: str, *, text: bool) -> Figure | None:
     titles = {
         f"{name} {axis}": _late_title(name, variants, bands) for name, bands in measures.items() for axis in AXIS_WORDS
     }
-    caption = "Means over the probes of an epoch, over all quantized weights. " + _seeds_caption(variants)
+    running = " and ".join(ZIGZAG_MEASURES[name].partition(" (")[0] for name in measures if name in RUNNING)
+    but = f", but of {running} the value at its end" if running else ""
+    seeds = _seeds_caption([variant.zigzag_band("zigzag_rate") for variant in variants])
+    caption = f"Over all quantized weights: means over the probes of an epoch{but}. {seeds}"
     labels = {name: ZIGZAG_MEASURES[name] for name in measures}
     return _curves(variants, measures, labels, {}, titles, slug, caption)
 
@@ -262,9 +265,11 @@ def _convergence_title(panel: Panel, measure: str, axis: Any, *, text: bool) -> 
         if difference is None:
             parts.append(f"{variant.label} not comparable")
             continue
-        stands = standing(difference)
-        said = {"ahead": "lower", "behind": "higher", "level": "within seed noise", "unknown": "one seed, no claim"}
-        parts.append(f"{variant.label} {said[stands]}")
+        said: dict[Standing, str] = {
+            "ahead": "lower", "behind": "higher", "level": "within seed noise", "early": found.early,
+            "flat": "the same difference in every seed, no interval", "unknown": "one seed, no claim",
+        }  # fmt: skip
+        parts.append(f"{variant.label} {said[found.standing(difference)]}")
     if parts:
         return f"{what.capitalize()} against LAQ at equal {words}: {'; '.join(parts)}"
     ends = [f"{variant.label}: {variant.band(measure).mean[-1]:.3g}" for variant in panel.variants[:4]]
@@ -275,14 +280,16 @@ def _late_title(measure: str, variants: Sequence[Variant], bands: Sequence[Band 
     what = ZIGZAG_MEASURES[measure].partition(" (")[0]
     parts = []
     for variant, band in zip(variants, bands, strict=True):
-        late = np.nan if band is None else late_mean(band.mean)
+        late = np.nan if band is None else late_value(measure, band.mean)
         if not np.isnan(late):
             parts.append(f"{variant.label} {late:.3g}{' %' if measure in PERCENT else ''}")
-    return f"{what[0].upper()}{what[1:]} in the second half of training: {'; '.join(parts)}"
+    when = "at the end of training" if measure in RUNNING else "in the second half of training"
+    return f"{what[0].upper()}{what[1:]} {when}: {'; '.join(parts)}"
 
 
-def _seeds_caption(variants: Sequence[Variant]) -> str:
-    counts = sorted({len(variant.runs) for variant in variants})
+def _seeds_caption(bands: Sequence[Band | None]) -> str:
+    """Of how many runs the curves are: not every run need have been probed."""
+    counts = sorted({band.runs for band in bands if band is not None})
     if counts == [1]:
         return "One seed each, so there is no band."
     seeds = " or ".join(map(str, counts)) if len(counts) < 3 else f"{counts[0]} to {counts[-1]}"

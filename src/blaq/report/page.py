@@ -1,7 +1,7 @@
 """The page: one HTML file with everything in it, which opens without a network."""
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ ZIGZAG_TERMS = (
 )
 PATH_TERMS = (
     "Latent weights in units of their scale, where the levels stand still; dashed: the thresholds at which the quantized level "
-    "changes. Changes are counted from probe to probe."
+    "changes. Changes are counted from one kept probe to the next."
 )
 
 
@@ -160,12 +160,14 @@ def _script_json(value: Any) -> str:
 def _task(task: Task, prefix: str, sweeps: Sequence[Sweep]) -> TaskPart:
     text = task.text
     own = [sweep for sweep in sweeps if task_key(sweep.recipe) == task_key(task.runs[0].recipe)]
-    targets = {sweep.target for sweep in own if sweep.target is not None}
     keys: list[str] = []
     for panel in task.panels:  # labels that differ in signs alone have one slug
         key = f"{prefix}{slug(panel.label) or 'all'}"
         keys.append(key if key not in keys else f"{key}-{len(keys) + 1}")
-    panels = [_panel(panel, key, targets, text=text) for panel, key in zip(task.panels, keys, strict=True)]
+    panels = [
+        _panel(panel, key, costs(panel, own, task.unfinished, text=text), text=text)
+        for panel, key in zip(task.panels, keys, strict=True)
+    ]
     first = next((run for run in task.runs if run.result is not None), task.runs[0])
     return TaskPart(
         key=prefix.removesuffix("-") or "task",
@@ -181,7 +183,7 @@ def _task(task: Task, prefix: str, sweeps: Sequence[Sweep]) -> TaskPart:
     )
 
 
-def _panel(panel: Panel, key: str, targets: Set[float], *, text: bool) -> PanelPart:
+def _panel(panel: Panel, key: str, cost: Table, *, text: bool) -> PanelPart:
     shown = featured(panel, text=text)
     rivals = challengers(panel, text=text)
     quantized = [*(variant for variant in shown if variant.control), *rivals]
@@ -197,7 +199,7 @@ def _panel(panel: Panel, key: str, targets: Set[float], *, text: bool) -> PanelP
             "weights", "Paths of a few weights", paths, None, "" if paths else HOW_TO_PROBE, PATH_TERMS if paths else ""
         ),
         Section("ablation", "Settings", maps, None, "" if maps else HOW_TO_ABLATE),
-        Section("cost", "Cost", [], costs(panel, targets, text=text)),
+        Section("cost", "Cost", [], cost),
     ]
     if inspected is not None:
         sections.append(Section("layers", "Layers", [], layer_table(inspected, probed)))

@@ -165,7 +165,8 @@ def _task(runs: Sequence[Run]) -> Task:
     for shared in panel_settings:
         members = [(run, of) for run, of, key in zip(runs, settings, keys, strict=True) if _agree(key, shared)]
         finished = [(run, of) for run, of in members if run.result is not None and run.epochs]
-        stated = list(shared) if "optim.bits" not in shared else [*shared, *sorted(differing - set(shared))]
+        unset = sorted(name for name in differing - shared.keys() if "optim.bits" in shared or not _of_optimizer(name))
+        stated = [*shared, *unset]
         names = [name for name in stated if name in differing or name == "optim.bits"]
         label = ", ".join(setting_text(name, shared.get(name)) for name in names)
         if finished:
@@ -175,18 +176,30 @@ def _task(runs: Sequence[Run]) -> Task:
 
 
 def _agree(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> bool:
-    """Whether no setting contradicts; a float run reads fewer settings than the panel states."""
-    quantized = "optim.bits" in settings
-    return (
-        settings == shared if quantized else all(shared.get(name, value) == value for name, value in settings.items())
+    """Whether no setting contradicts; of the optimizer's a float run reads fewer than the panel states, of others all."""
+    if "optim.bits" in settings:
+        return settings == shared
+    both = settings.keys() & shared.keys()
+    return all(settings[name] == shared[name] for name in both) and all(
+        _of_optimizer(name) for name in settings.keys() ^ shared.keys()
     )
 
 
+def _of_optimizer(name: str) -> bool:
+    return name.startswith("optim.")
+
+
 def differing_settings(settings: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Those that differ among settings, or that some with a grid have and others not, as a rule for a layer."""
-    quantized = [set(of) for of in settings if "optim.bits" in of]
-    in_some = quantized[0].union(*quantized) - quantized[0].intersection(*quantized) if quantized else set()
-    return _differing(settings) | in_some
+    """Those that differ among settings, or that some state and others not, as an option of the network; of the optimizer's,
+    as a rule for a layer, some with a grid.
+    """
+    quantized = [of for of in settings if "optim.bits" in of]
+    found = _differing(settings)
+    for name in {name for of in settings for name in of}:
+        stated = [name in of for of in (quantized if _of_optimizer(name) else settings)]
+        if any(stated) and not all(stated):
+            found.add(name)
+    return found
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:

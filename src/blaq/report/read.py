@@ -1,19 +1,24 @@
 """Run directories and folders of them, read into memory: only what the files say."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import comparison_file, open_run, read_json, read_rows
+from blaq.train.directory import RunDirectory, comparison_file, damaged, open_run, read_json, read_rows
 
 Column = NDArray[np.float64]
+Rows = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
 
 TOTAL = "total"  # the layer of zigzag.jsonl that stands for all quantized weights
+# Columns that every line has to have; of the others those are read that are there.
+AXES = ("epoch", "steps", "gradient_evaluations")
+METRICS = (*AXES, "seconds", "train_loss", "validation_loss", "validation_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,11 @@ class Sweep:
     recipe: Recipe
     target: float | None
     failures: Mapping[str, str]
+
+    def failed_beside(self, run: Run) -> bool:
+        """Whether a run of the same settings failed with another seed, which is what a name ends with."""
+        beside = self.path.resolve() in run.path.resolve().parents
+        return beside and any(_stem(name) == _stem(run.path.name) for name in self.failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +160,9 @@ def read_run(path: Path, name: str = "") -> Run:
         path=path,
         recipe=recipe,
         versions=_if_there(path / "versions.json") or {},
-        metrics=_columns(read_rows(directory.metrics_file)),
+        metrics=_parsed(directory.metrics_file, lambda rows: _columns(rows, METRICS)),
         result=_if_there(directory.result_file),
-        zigzag=_layers(read_rows(path / "zigzag.jsonl")),
+        zigzag=_parsed(directory.zigzag_file, _zigzag),
     )
 
 
@@ -162,22 +172,23 @@ def read_trajectories(run: Run) -> dict[str, Trajectory]:
     Raises:
         ValueError: a file that is not what a run writes.
     """
-    by_layer: dict[str, list[Mapping[str, Any]]] = {}
-    for row in read_rows(run.path / "trajectories.jsonl"):
-        by_layer.setdefault(row["layer"], []).append(row)
-    return {layer: _trajectory(rows) for layer, rows in by_layer.items() if rows[0]["scale"] is not None}
+    return _parsed(RunDirectory(run.path).trajectories_file, _trajectories)
 
 
-def _trajectory(rows: Sequence[Mapping[str, Any]]) -> Trajectory:
+def _trajectories(rows: Rows) -> dict[str, Trajectory]:
+    return {layer: _trajectory(own) for layer, own in _by_layer(rows).items() if own[0]["scale"] is not None}
+
+
+def _trajectory(rows: Rows) -> Trajectory:
     latent = np.array([row["latent"] for row in rows], dtype=float)
     scale = np.array([row["scale"] for row in rows], dtype=float)
+    value = np.array([row["value"] for row in rows], dtype=float)
     if scale.ndim == 3:  # two scales a row: negative, positive
         scale = np.where(latent < 0, scale[..., 0], scale[..., 1])
+    if latent.ndim != 2 or not latent.shape == value.shape == scale.shape:
+        raise ValueError("latent, value and scale of different lengths")
     return Trajectory(
-        steps=np.array([row["step"] for row in rows], dtype=float),
-        latent=latent,
-        value=np.array([row["value"] for row in rows], dtype=float),
-        scale=np.broadcast_to(scale, latent.shape),
+        steps=np.array([row["step"] for row in rows], dtype=float), latent=latent, value=value, scale=scale
     )
 
 
@@ -194,15 +205,37 @@ def _if_there(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.exists() else None
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Column]:
+def _stem(name: str) -> str:
+    """The name of a comparison's run without its seed."""
+    return name.rpartition("-s")[0]
+
+
+def _parsed(path: Path, parse: Callable[[Rows], T]) -> T:
+    """What the lines of a file come to; where they are not those of a run, the error names the file."""
+    rows = read_rows(path)
+    try:
+        return parse(rows)
+    except KeyError as error:
+        raise damaged(path, f"a line without {error}") from None
+    except (TypeError, ValueError, IndexError) as error:  # text for a number, lists of several lengths
+        raise damaged(path, error) from None
+
+
+def _zigzag(rows: Rows) -> dict[str, dict[str, Column]]:
+    return {layer: _columns(own, AXES) for layer, own in _by_layer(rows).items()}
+
+
+def _by_layer(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["layer"], []).append(row)
+    return found
+
+
+def _columns(rows: Rows, needed: Sequence[str]) -> dict[str, Column]:
     """The numbers of the rows by name; null is NaN."""
     if not rows:
         return {}
-    return {name: np.array([row.get(name) for row in rows], dtype=float) for name in rows[0] if name != "layer"}
-
-
-def _layers(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Column]]:
-    by_layer: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_layer.setdefault(row["layer"], []).append(row)
-    return {layer: _columns(members) for layer, members in by_layer.items()}
+    columns = {name: [row[name] for row in rows] for name in needed}
+    columns |= {name: [row.get(name) for row in rows] for name in rows[0] if name not in (*needed, "layer")}
+    return {name: np.array(column, dtype=float) for name, column in columns.items()}

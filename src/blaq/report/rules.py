@@ -20,18 +20,23 @@ LITTLE_ZIGZAG = 0.10  # of `turning`, LAQ's
 FALLEN = 0.8  # of `turning`, relative to LAQ's: below it zig-zag has fallen
 
 Values = Sequence[float] | NDArray[np.float64]
-Standing = Literal["ahead", "behind", "level", "unknown"]
+Standing = Literal["ahead", "behind", "level", "flat", "early", "unknown"]
 
 
 def standing(difference: Difference | None) -> Standing:
-    """What a paired difference allows to say of a quantity that is better when lower.
+    """What a paired difference allows to say of a quantity that is better when lower: ``flat``, the same in every seed, is no
+    claim. (``early`` is for `Comparison.standing` to say.)
 
     Example:
         >>> standing(Difference((-1.0, -1.1, -1.2))), standing(Difference((-1.0, 0.9))), standing(Difference((-1.0,)))
         ('ahead', 'level', 'unknown')
+        >>> standing(Difference((-1.0, -1.0)))
+        'flat'
     """
     if difference is None or len(difference.values) < 2:
         return "unknown"
+    if difference.flat:
+        return "flat"
     named: dict[str, Standing] = {"lower": "ahead", "higher": "behind", "open": "level"}
     return named[difference.verdict]
 

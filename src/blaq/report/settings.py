@@ -6,6 +6,7 @@ from typing import Any
 from blaq.grids import Grid
 from blaq.report.read import Run
 from blaq.train import toml
+from blaq.train.config import RuleConfig
 
 METHOD_NAMES = {
     "float": "float32",
@@ -16,6 +17,8 @@ METHOD_NAMES = {
     "delayed": "Delayed",
 }
 SETTING_NAMES = {"optim.period": "m", "optim.lr": "learning rate", "optim.trial_every": "trial every"}
+
+RULES = "optim.rules."  # and the pattern
 
 # What tells variants of a panel apart; all other settings tell panels apart.
 OF_THE_METHOD = ("optim.method", "optim.a", "optim.period", "optim.trial_every", "optim.lr")
@@ -30,7 +33,11 @@ def setting_text(name: str, value: Any) -> str:
     Example:
         >>> setting_text("optim.lr", 0.0005), setting_text("optim.bits", 2), setting_text("data.augment", False)
         ('learning rate = 0.0005', '2 bits (ternary)', 'augment = no')
+        >>> setting_text("optim.rules.fc1", "4 bits (linear4)"), setting_text("optim.rules.fc1", None)
+        ('fc1: 4 bits (linear4)', 'fc1: no rule')
     """
+    if name.startswith(RULES):
+        return f"{setting_name(name)}: {value or 'no rule'}"
     if name == "optim.bits":
         grid = Grid.parse(value)
         return f"{grid.bits} {'bit' if grid.bits == 1 else 'bits'} ({grid.name})"
@@ -40,12 +47,14 @@ def setting_text(name: str, value: Any) -> str:
 
 
 def setting_name(name: str) -> str:
-    """The words for a setting.
+    """The words for a setting; a rule is called by its pattern.
 
     Example:
-        >>> setting_name("optim.period"), setting_name("optim.weight_decay")
-        ('m', 'weight decay')
+        >>> setting_name("optim.period"), setting_name("optim.weight_decay"), setting_name("optim.rules.fc1.weight")
+        ('m', 'weight decay', 'fc1.weight')
     """
+    if name.startswith(RULES):
+        return name.removeprefix(RULES)
     return SETTING_NAMES.get(name, name.rpartition(".")[2].replace("_", " "))
 
 
@@ -57,7 +66,9 @@ def method_name(method: str) -> str:
 def read_settings(run: Run) -> dict[str, Any]:
     """The settings of a run by dotted name, without those that its method does not read or that change no number."""
     ignored = {f"optim.{name}" for name in run.recipe.optim.trains_by.ignores}
-    flat = dict(_flat(toml.to_tree(run.recipe)))
+    tree = toml.to_tree(run.recipe)
+    tree["optim"]["rules"] = {pattern: _rule_text(rule) for pattern, rule in run.recipe.optim.rules.items()}
+    flat = dict(_flat(tree))
     if "optim.bits" in flat:
         flat["optim.bits"] = Grid.parse(flat["optim.bits"]).name
     return {
@@ -65,6 +76,14 @@ def read_settings(run: Run) -> dict[str, Any]:
         for name, value in flat.items()
         if name not in NOT_COMPARED and not name.startswith("probes.") and not _within(name, ignored)
     }
+
+
+def _rule_text(rule: int | str | RuleConfig) -> str:
+    """What a rule states, in the same words however it is written: a table with bits alone is a grid."""
+    stated = rule.settings() if isinstance(rule, RuleConfig) else {"bits": rule}
+    return " and ".join(
+        "float" if value == "float" else setting_text(f"optim.{name}", value) for name, value in stated.items()
+    )
 
 
 def _within(name: str, ignored: Iterable[str]) -> bool:

@@ -29,7 +29,7 @@ def signs(variant: Variant, at_steps: Comparison | None) -> list[Statement]:
     ratio = rules.slower(own.axes["steps"], own.mean, laq.axes["steps"], laq.mean)
     if rules.is_slow(ratio):
         found.append(_slow(variant, control, ratio))
-    if rules.standing(at_steps.main) in ("level", "behind"):
+    if at_steps.standing(at_steps.main) in ("level", "behind"):
         found += _no_gain(variant, control)
     return found
 

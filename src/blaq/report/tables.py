@@ -11,7 +11,8 @@ from blaq.grids import Grid
 from blaq.optim.plan import plan, size
 from blaq.report import rules
 from blaq.report.panels import Panel, Task, Variant
-from blaq.report.read import Run
+from blaq.report.read import Run, Sweep
+from blaq.report.settings import read_settings
 from blaq.report.weights import late_spread
 from blaq.report.words import loss_digits
 from blaq.tasks.models import build_model
@@ -38,8 +39,9 @@ class Table:
     words: frozenset[int] = frozenset({0})
 
 
-def costs(panel: Panel, targets: Set[float] = frozenset(), *, text: bool) -> Table:
-    """What each variant reached and what it took, to the one target that was named or else to `target_loss`."""
+def costs(panel: Panel, sweeps: Sequence[Sweep] = (), unfinished: Sequence[Run] = (), *, text: bool) -> Table:
+    """What each variant reached and what it took, to the one target that sweeps were given or else to `target_loss`."""
+    targets = {sweep.target for sweep in sweeps if sweep.target is not None}
     target = next(iter(targets)) if len(targets) == 1 else target_loss(panel)
     memory = any(variant.results("peak_memory") for variant in panel.variants)
     rates = len({variant.settings.get("optim.lr") for variant in panel.variants}) > 1
@@ -56,7 +58,10 @@ def costs(panel: Panel, targets: Set[float] = frozenset(), *, text: bool) -> Tab
             _spread(variant.results("gradient_evaluations"), ",.0f"), _spread(variant.results("seconds"), ",.1f"),
             _spread(times, ",.1f"), *([_bytes(_peak(variant))] if memory else []), _bytes(variant.mean("bytes")),
             f"{variant.mean('float_bytes') / variant.mean('bytes'):.1f}x",
-            *(_to_target(variant, axis, target, spec) for axis, spec in _TARGET_AXES),
+            *(
+                "-" if _lacks_a_seed(variant, sweeps, unfinished) else _to_target(variant, axis, target, spec)
+                for axis, spec in _TARGET_AXES
+            ),
         ])  # fmt: skip
     caption = (
         f"Mean ± standard deviation over the seeds. Time is that of training, without validation. Target: training loss "
@@ -88,6 +93,13 @@ def target_loss(panel: Panel) -> float:
 _TARGET_AXES = (("steps", ",.0f"), ("gradient_evaluations", ",.0f"), ("seconds", ",.1f"))
 
 
+def _lacks_a_seed(variant: Variant, sweeps: Sequence[Sweep], unfinished: Sequence[Run]) -> bool:
+    """Whether a run of the variant failed or is not finished: what the others took is then no mean over the seeds."""
+    return any(sweep.failed_beside(run) for sweep in sweeps for run in variant.runs) or any(
+        run.seed not in variant.seeds and read_settings(run) == variant.settings for run in unfinished
+    )
+
+
 def _to_target(variant: Variant, axis: str, target: float, spec: str) -> str:
     at = {run.seed: rules.reached(run.metrics[axis], run.metrics["train_loss"], target) for run in variant.runs}
     return "-" if math.inf in at.values() else _spread(at, spec)
@@ -117,14 +129,21 @@ def layer_table(variant: Variant, probed: Sequence[Variant]) -> Table:
     rows = [_layer(layer) + [show(layer.name) for _, show in columns] for layer in found]
     caption = f"{variant.label}, seed {run.seed}{note}."
     if probed:
-        caption += " Zig-zag measures: mean of all seeds over the second half of training."
+        caption += " Zig-zag and flips: mean of all seeds over the second half of training; oscillation: at its end."
     return Table(caption, head, rows, frozenset({0, 1, 2, 6}))
 
 
 def _layers(run: Run) -> tuple[list[Layer], str]:
     checkpoint = run.path / "checkpoints" / "best.ckpt"
-    if checkpoint.exists() and checkpoint.stat().st_size <= MAX_CHECKPOINT:
-        return layers(run.path), ", best checkpoint"
+    if not checkpoint.exists():
+        missing = "not there any more, nor are its levels"
+    elif checkpoint.stat().st_size > MAX_CHECKPOINT:
+        missing = "too large to read here; `blaq inspect RUN` shows its levels"
+    else:
+        try:
+            return layers(run.path), ", best checkpoint"
+        except ValueError:
+            missing = "damaged and cannot be read, nor can its levels"
     model = build_model(run.recipe.model.name, **run.recipe.model.options)
     rows = plan(build_groups(model, run.recipe.optim)).rows
     planned = [
@@ -132,11 +151,6 @@ def _layers(run: Run) -> tuple[list[Layer], str]:
               note=row.note)
         for row in rows
     ]  # fmt: skip
-    missing = (
-        "too large to read here; `blaq inspect RUN` shows its levels"
-        if checkpoint.exists()
-        else "not there any more, nor are its levels"
-    )
     return planned, f"; its checkpoint is {missing}"
 
 

@@ -6,10 +6,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blaq.grids import Grid
 from blaq.optim.plan import plan
-from blaq.report.contrast import late_mean, late_zigzag
+from blaq.report.contrast import late_value, late_zigzag
 from blaq.report.figures import (
     CYCLE,
     GREY,
@@ -23,7 +24,7 @@ from blaq.report.figures import (
     encoded,
 )
 from blaq.report.panels import Variant
-from blaq.report.read import TOTAL, Run, Trajectory, read_trajectories
+from blaq.report.read import TOTAL, Column, Run, Trajectory, read_trajectories
 from blaq.tasks.models import build_model
 from blaq.train.module import build_groups
 
@@ -107,17 +108,14 @@ def _paths(
         {"type": "scatter", "mode": "lines", "name": f"weight {number + 1}", "line": {"color": colour, "width": 1.4}}
         for number, colour in enumerate(CYCLE)
     ]
-    y, titles, thinned = {}, {}, 1
+    y, titles = {}, {}
     for name, trajectory in found.items():
-        every = -(-len(trajectory.steps) // MAX_POINTS)
-        thinned = max(thinned, every)
-        relative = _relative(trajectory)[::every]
+        relative = _relative(trajectory)
         weights = min(relative.shape[1], MAX_WEIGHTS)
-        lines = [
-            {"x": encoded(trajectory.steps[::every]), "y": encoded(relative[:, i]), "visible": True} if i < weights
-            else {"x": [], "y": [], "visible": False}
-            for i in range(MAX_WEIGHTS)
-        ]  # fmt: skip
+        lines: list[dict[str, Any]] = [{"x": [], "y": [], "visible": False} for _ in range(MAX_WEIGHTS)]
+        for line, path in zip(lines, relative.T, strict=False):
+            drawn = extremes(path)
+            line.update(x=encoded(trajectory.steps[drawn]), y=encoded(path[drawn]), visible=True)
         y[name] = View(name, lines, {
             "yaxis.range": [-reach[name], reach[name]],
             "shapes": _lines(grids[name], reach[name]) if name in grids else [],
@@ -131,8 +129,33 @@ def _paths(
     layout = base_layout(showlegend=False)
     layout["xaxis"] |= {"title": {"text": "steps"}}
     layout["yaxis"] |= {"title": {"text": "latent weight / scale"}}
-    caption = f"Seed {variant.runs[0].seed}." + (f" Every {thinned}th probe is drawn." if thinned > 1 else "")
+    together = max(_together(len(trajectory.steps)) for trajectory in found.values())
+    caption = f"Seed {variant.runs[0].seed}." + (
+        f" Of every {together} probes the lowest and the highest are drawn." if together > 1 else ""
+    )
     return Figure(slug, titles, caption, traces, layout, y, height=340)
+
+
+def extremes(path: Column) -> NDArray[np.intp]:
+    """Which points of a path are drawn: all, or of every few the lowest and the highest, so that no crossing of a threshold is
+    lost; every k-th would make a weight that goes to and fro at every probe a straight line.
+
+    Example:
+        >>> flipping = np.tile([0.1, -0.1], 450)
+        >>> len(extremes(flipping)), bool(np.diff(flipping[extremes(flipping)]).all())
+        (450, True)
+    """
+    together = _together(len(path))
+    if together == 1:
+        return np.arange(len(path))
+    stretches = [range(at, min(at + together, len(path))) for at in range(0, len(path), together)]
+    ends = {of[int(pick(path[of.start : of.stop]))] for of in stretches for pick in (np.argmin, np.argmax)}
+    return np.array(sorted(ends))
+
+
+def _together(probes: int) -> int:
+    """How many probes are drawn as their lowest and highest."""
+    return 1 if probes <= MAX_POINTS else -(-2 * probes // MAX_POINTS)
 
 
 def _lines(grid: Grid, reach: float) -> list[dict[str, Any]]:
@@ -177,11 +200,11 @@ def layer_zigzag(variants: Sequence[Variant], slug: str) -> Figure | None:
 
 
 def late_spread(variant: Variant, measure: str, layer: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds of a measure's mean over the second half of training; rates in percent."""
+    """Mean and standard deviation over the seeds of what a measure came to late in training; rates in percent."""
     values = []
     for run in variant.runs:
         column = run.zigzag.get(layer, {}).get(measure, np.array([]))
-        late = late_mean(column)
+        late = late_value(measure, column)
         if not math.isnan(late):
             values.append(late * (100 if measure in PERCENT else 1))
     if not values:

@@ -26,17 +26,19 @@ class Ablation:
         sets: key to values, in the order they were given.
         outcome: of the runs.
         target: training loss whose cost is told; none takes the lowest that every run reached.
+        seeds: every setting was to be run with them.
     """
 
     recipe: Recipe
     sets: Mapping[str, Sequence[str]]
     outcome: Outcome
     target: float | None = None
+    seeds: Sequence[int] = ()
 
     @property
     def groups(self) -> list[Group]:
         """The settings, each group with its own LAQ where LAQ is among them: method laq, or blaq or delayed with a = 1."""
-        settings = settings_of(self.outcome.runs)
+        settings = settings_of(self.outcome.runs, self.seeds)
         others = [key for key in self.sets if key not in STEP_BACK]
         if not any(self._is_laq(setting) for setting in settings):
             return [Group(title=self.recipe.title, settings=tuple(settings), reference=None, target=self.target)]
@@ -50,8 +52,8 @@ class Ablation:
             members = [setting for own, setting in each if _stands_beside(own, values)]
             title = ", ".join(f"{key}={value}" for key, value in zip(others, values, strict=True))
             found = [setting for setting in members if self._is_laq(setting)]
-            # By method, where there is the choice: what a = 1 costs is not what LAQ costs.
-            reference = min(found, key=lambda setting: setting.values.get(METHOD) != "laq", default=None)
+            # By method, where no seed is missing: what a = 1 costs is not what LAQ costs.
+            reference = min(_fullest(found), key=lambda setting: setting.values.get(METHOD) != "laq", default=None)
             groups.append(
                 Group(
                     title=title or self.recipe.title,
@@ -79,33 +81,41 @@ class Ablation:
 
     def _judge(self, group: Group, measure: Measure, *, several: bool) -> str:
         where = f" ({group.title})" if several else ""
-        field = measure.field.replace("test", "validation")
-        best = min(group.settings, key=lambda setting: setting.sample(field).mean)
-        shown = best.sample(measure.field).show(measure.digits)
-        line = (
-            f"Look at {measure.name}{where}: the lowest {field.replace('_', ' ')} has {best.name}, with {measure.name} "
-            f"{shown}{measure.unit}; "
-        )
+        line = f"Look at {measure.name}{where}: {self._choice(group, measure)}; "
         if group.reference is None:
             return line + "LAQ is not among the settings (optim.a=1, or optim.method=laq), so none is set against it."
-        found = {"lower": list[str](), "higher": list[str](), "open": list[str]()}
+        laq = f"{group.reference.sample(measure.field).show(measure.digits)}{measure.unit}"
+        found = {"lower": list[str](), "higher": list[str](), "open": list[str](), "flat": list[str]()}
         for setting, difference in zip(group.settings, group.differences(measure.field), strict=True):
             if difference is not None and len(difference.values) > 1 and not self._is_laq(setting):
-                found[difference.verdict].append(f"{setting.name} ({difference.show(measure.digits)})")
+                verdict = "flat" if difference.flat else difference.verdict
+                found[verdict].append(f"{setting.name} ({difference.show(measure.digits)})")
         differences = [of for of in group.differences(measure.field) if of is not None]
-        count = sum(map(len, found.values()))
-        chance = (1 - CONFIDENCE) * count
         if all(len(of.values) == 1 for of in differences):
             why = "a single seed, which cannot tell anything from seed noise" if differences else "no setting beside it"
-            return (
-                f"{line}LAQ ({group.reference.name}) has {group.reference.sample(measure.field).show(measure.digits)}"
-                f"{measure.unit} [{why}]."
-            )
+            return f"{line}LAQ ({group.reference.name}) has {laq} [{why}]."
+        flat = f", {_some(found['flat'])} the same distance away in every seed" if found["flat"] else ""
+        notes = ["95 % intervals, paired t"]
+        if flat:
+            notes.append("differences without any spread have no interval")
+        if count := sum(len(found[verdict]) for verdict in ("lower", "higher", "open")):
+            chance = (1 - CONFIDENCE) * count
+            notes.append(f"by chance alone about {chance:.2g} of {count} would be ahead or behind")
         return (
-            f"{line}against LAQ ({group.reference.name}: {group.reference.sample(measure.field).show(measure.digits)}"
-            f"{measure.unit}) {_some(found['lower'])} ahead, {_some(found['higher'])} behind, {len(found['open'])} not told "
-            f"apart from seed noise [95 % intervals, paired t; by chance alone about {chance:.2g} of {count} would be ahead "
-            "or behind]."
+            f"{line}against LAQ ({group.reference.name}: {laq}) {_some(found['lower'])} ahead, {_some(found['higher'])} "
+            f"behind, {len(found['open'])} not told apart from seed noise{flat} [{'; '.join(notes)}]."
+        )
+
+    def _choice(self, group: Group, measure: Measure) -> str:
+        """Which setting validation prefers, and which could not be preferred."""
+        field = measure.field.replace("test", "validation")
+        best = min(_fullest(group.settings), key=lambda setting: setting.sample(field).mean)
+        most = max(len(setting.runs) for setting in settings_of(self.outcome.runs))
+        fewer = [f"{of.name}: {len(of.runs)} of {most}" for of in group.settings if len(of.runs) < most]
+        return (
+            f"the lowest {field.replace('_', ' ')} has {best.name}, with {measure.name} "
+            f"{best.sample(measure.field).show(measure.digits)}{measure.unit}"
+            + (f"; with missing seeds, so not chosen beside fuller ones: {_some(fewer)}" if fewer else "")
         )
 
 
@@ -113,7 +123,7 @@ def ablate(
     recipe: Recipe,
     sets: Mapping[str, Sequence[str]],
     seeds: Sequence[int],
-    out: Path,
+    out: Path | str,
     sweeper: Sweeper,
     *,
     target: float | None = None,
@@ -128,6 +138,7 @@ def ablate(
     """
     if target is not None and not math.isfinite(target):
         raise ValueError(f"ablate(target={target}): expected a finite training loss.")
+    out = Path(out)
     jobs = combinations(recipe, sets, seeds)
     quantized = [job.recipe.optim for job in jobs if job.recipe.optim.trains_by.quantized]
     description = {
@@ -140,13 +151,19 @@ def ablate(
         "target": target,
         "sets": {key: list(values) for key, values in sets.items()},
     }
-    claim(out, recipe, description)
+    claim(out, recipe, description, {"runs": jobs})
 
     def write(outcome: Outcome) -> None:
-        ablation = Ablation(recipe, sets, outcome, target)
+        ablation = Ablation(recipe, sets, outcome, target, seeds)
         write_tables(out, recipe, outcome, ablation.groups, ablation.conclusion(), [])
 
-    return Ablation(recipe, sets, sweeper.run(jobs, out / "runs", finished=write), target)
+    return Ablation(recipe, sets, sweeper.run(jobs, out / "runs", finished=write), target, seeds)
+
+
+def _fullest(settings: Sequence[Setting]) -> list[Setting]:
+    """Those with the most seeds: the error of the one that a failing setting left may be luck."""
+    most = max((len(setting.runs) for setting in settings), default=0)
+    return [setting for setting in settings if len(setting.runs) == most]
 
 
 def _stands_beside(own: tuple[str, ...], values: tuple[str, ...]) -> bool:

@@ -64,6 +64,11 @@ class Difference:
         return max(self.values) - min(self.values) > 1e-9 * max(map(abs, self.values))
 
     @property
+    def flat(self) -> bool:
+        """Whether several differences are the same and not 0. They have no interval, so they are no claim either way."""
+        return len(self.values) > 1 and not self.spread and self.mean != 0
+
+    @property
     def half_width(self) -> float:
         """Half the length of the interval; NaN where there is none: for one pair, and for pairs without any spread."""
         count = len(self.values)
