@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from PIL import Image
 
-from blaq.tasks import decode, images
+from blaq.tasks import columns, decode, images
 from blaq.tasks.data import load_dataset
 
 REAL = Path(os.environ.get("BLAQ_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -62,7 +62,7 @@ def numbered(start: int, stop: int, shape: tuple[int, ...] = (4, 5)) -> list[np.
 def write(
     path: Path,
     pictures: list[np.ndarray | bytes | None],
-    labels: list[int | None] | None = None,
+    labels: list[int | None] | pa.Array | None = None,
     *,
     image: str = "image",
     label: str = "label",
@@ -73,10 +73,12 @@ def write(
     """A Parquet file in the Hugging Face datasets layout; row k has label k % 3 unless labels are given."""
     files = [encode(picture) if isinstance(picture, np.ndarray) else picture for picture in pictures]
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    if not isinstance(labels, pa.Array):
+        labels = pa.array([k % 3 for k in range(len(files))] if labels is None else labels, pa.int64())
     table = pa.table(
         {
             image: pa.array([{"bytes": file, "path": None} for file in files], struct),
-            label: pa.array([k % 3 for k in range(len(files))] if labels is None else labels, pa.int64()),
+            label: labels,
             **(more or {}),
         }
     )
@@ -201,6 +203,22 @@ def test_columns_by_metadata(tmp_path):
     assert dataset.class_names == ("cat", "dog", "sea", "sky")
     assert dataset.classes == 4
     assert dataset.test.targets.tolist() == [0, 1, 2] * 3
+
+
+def test_labels_of_text(folder):
+    for name, order in (
+        ("train", "bca"),
+        ("validation", "cab"),
+        ("test", "a"),
+    ):  # each file has a dictionary of its own
+        texts = [order[k % len(order)] for k in range(12)]
+        more = {"__index_level_0__": list(range(12))}
+        write(folder / f"{name}.parquet", numbered(0, 12), pa.array(texts).dictionary_encode(), more=more)
+    dataset = load_dataset(str(folder))
+    assert dataset.class_names == ("a", "b", "c")
+    assert dataset.train.targets.tolist() == [1, 2, 0] * 4
+    assert dataset.validation.targets.tolist() == [2, 0, 1] * 4
+    assert dataset.test.targets.tolist() == [0] * 12
 
 
 # --- splits
@@ -479,6 +497,24 @@ def test_hub_names_and_bare_names_are_looked_up_below_blaq_data(folder, monkeypa
     assert load_dataset("small").name == "small"
 
 
+def test_a_misspelt_path_is_not_taken_for_a_name(folder, tmp_path, monkeypatch):
+    """A hub name of that form would find $BLAQ_DATA/small, or ask the hub."""
+    monkeypatch.setenv("BLAQ_DATA", str(folder.parent))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    missing = r"no such file or folder \(relative paths are taken from the current folder, '.*'\)"
+    with pytest.raises(
+        ValueError, match=rf"{missing}; with a folder 'mine' here, it is not taken for a name of the hub"
+    ):
+        load_dataset("mine/small")
+    with pytest.raises(ValueError, match=rf"{missing}\."):
+        load_dataset("texts/small.txt")
+    with pytest.raises(ValueError, match=rf"{missing}, and there is no .*book; the hub is asked for images only"):
+        load_dataset("texts/book", sequence=10)
+    with pytest.raises(ValueError, match=r"'.*/small' holds images"):  # says where it was found
+        load_dataset("owner/small", sequence=10)
+
+
 def test_a_path_comes_before_blaq_data(folder, tmp_path, monkeypatch):
     write(tmp_path / "here" / "small" / "train.parquet", numbered(0, 10))
     write(tmp_path / "here" / "small" / "test.parquet", numbered(10, 20))
@@ -618,6 +654,14 @@ def with_a_label_too_many(folder: Path) -> None:
     write(folder / "test.parquet", numbered(0, 3), features=features)
 
 
+def with_classes_in_another_order(folder: Path) -> None:
+    """In the second shard of the training file, whose columns are all that a reader of the first one sees."""
+    (folder / "train.parquet").unlink()
+    for shard, names in enumerate((["cat", "dog", "sea"], ["cat", "sea", "dog"])):
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        write(folder / f"train-{shard:05}-of-00002.parquet", numbered(0, 6), features=features)
+
+
 def without_images(folder: Path) -> None:
     for name in ("train", "test"):
         pa.parquet.write_table(pa.table({"text": ["a"], "label": [0]}), folder / f"{name}.parquet")
@@ -663,6 +707,11 @@ def damaged_later(folder: Path) -> None:
         (
             with_two_label_columns,
             "expected one label column of integers or one called 'label', .*found image: .*, b: int64",
+        ),
+        (
+            with_classes_in_another_order,
+            "train-00001-of-00002.parquet: expected the class names of .*/train-00000-of-00002.parquet, but class 1 of "
+            "column 'label' is 'sea' here and 'dog' there; write both",
         ),
         (without_images, r"expected one image column \{bytes, path\}, found text: string, label: int64"),
         (damaged_later, r"train of small: cannot read column '\w+' \(.*; fetch the files again"),
@@ -799,8 +848,9 @@ def test_the_mnist_test_file():
     pixels = decode.decode_images(part, "image", None)
     assert pixels.shape == (10000, 1, 28, 28)
     assert float(pixels.double().mean()) / 255 == pytest.approx(0.13251, abs=1e-5)  # known of the original files
-    counts = images._labels(part, "label").bincount().tolist()
-    assert counts == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    labels, names = columns.read_labels({"train": part}, columns.find_columns(part))
+    assert labels["train"].bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert names == tuple("0123456789")
 
 
 def test_some_of_the_cifar_test_file(tmp_path):

@@ -41,7 +41,8 @@ def load_dataset(
 
     Images: the test examples are the test file (ImageNet: its validation file); the validation examples come out of the
     training file by a random permutation, unless there are both a validation and a test file; digits have one file for
-    all three. Decoded images stay in a cache file, see `blaq.tasks.decode`.
+    all three. Labels are integers or text, whose classes are the sorted texts of the training file. Decoded images stay
+    in a cache file, see `blaq.tasks.decode`.
 
     Text: the first 80 % of the characters train, the next 10 % validate, the last 10 % test. The vocabulary is the
     sorted characters of the whole text. Windows do not overlap; characters that fill no window are left out.
@@ -68,10 +69,11 @@ def load_dataset(
     for option, size, lowest in (("seed", seed, 0), ("sequence", sequence, 1), ("image_size", image_size, 1)):
         if size is not None and size < lowest:
             raise ValueError(f"load_dataset({option}={size}): expected at least {lowest}.")
-    path = None if source == "digits" else _find(source)
+    path = None if source == "digits" else _find(source, text=sequence is not None)
     text = _text_file(path)
     if text is None and sequence is not None:
-        raise ValueError(f"load_dataset(sequence={sequence}): {source!r} holds images; leave out data.sequence.")
+        found = source if path is None else str(path)
+        raise ValueError(f"load_dataset(sequence={sequence}): {found!r} holds images; leave out data.sequence.")
     if (text is not None or source == "digits") and image_size is not None:
         raise ValueError(
             f"load_dataset(image_size={image_size}): only images from files can be resized, not {source!r}; leave out "
@@ -110,13 +112,22 @@ class _Wanted:
         return pool.select(order[:size].sort().values), pool.select(order[size:].sort().values)
 
 
-def _find(source: str) -> Path | None:
-    """The file or folder a source means; None if only the hub can know it."""
+def _find(source: str, *, text: bool) -> Path | None:
+    """The file or folder a source means; None if only the hub can know it, which it does of images alone."""
     path = Path(source).expanduser()
     if path.exists():
         return path
+    owner, _, name = source.rpartition("/")
+    missing = f"load_dataset(source={source!r}): no such file or folder"
+    if not path.is_absolute():
+        missing += f" (relative paths are taken from the current folder, {str(Path.cwd())!r})"
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", source):
-        raise ValueError(f"load_dataset(source={source!r}): no such file or folder.")
+        raise ValueError(f"{missing}.")
+    # A misspelt path may look like a name of the hub, and find other data below BLAQ_DATA.
+    if owner and Path(owner).is_dir():
+        raise ValueError(f"{missing}; with a folder {owner!r} here, it is not taken for a name of the hub.")
+    if owner and Path(name).suffix in (".txt", ".parquet"):
+        raise ValueError(f"{missing}.")
     looked = "the environment's BLAQ_DATA is not set"
     if data := os.environ.get("BLAQ_DATA"):
         if not Path(data).is_dir():
@@ -126,7 +137,9 @@ def _find(source: str) -> Path | None:
         if (path := Path(data) / Path(source).name).exists():
             return path
         looked = f"there is no {path}"
-    if "/" in source:
+    if owner and text:
+        raise ValueError(f"{missing}, and {looked}; the hub is asked for images only, without data.sequence.")
+    if owner:
         return None
     raise ValueError(
         f"load_dataset(source={source!r}): expected 'digits', an existing file or folder, a name of the Hugging Face "

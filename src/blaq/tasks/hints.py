@@ -1,4 +1,4 @@
-"""The second half of an error message: the name that was probably meant."""
+"""The second half of an error message: the names that there are, or the one that was probably meant."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -14,3 +14,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     nearest = get_close_matches(name, list(known), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in quotes, one after the other.
+
+    >>> listed(["mlp", "vgg"])
+    "'mlp', 'vgg'"
+    """
+    return ", ".join(repr(name) for name in names)

@@ -4,21 +4,19 @@ Folders are read by pyarrow and not by `datasets`, which would copy them into a 
 called extra.parquet and not miss a missing shard. The hub's names and downloads are the business of `datasets`.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet
 import torch
-from torch import Tensor
 
 from blaq.tasks.batches import Split
+from blaq.tasks.columns import fields, find_columns, read_labels
 from blaq.tasks.decode import Part, decode_images
+from blaq.tasks.hints import listed
 
 __all__ = ["ImageFiles", "folder_parts", "hub_parts", "read_images"]
 
@@ -33,7 +31,6 @@ _ROLES = {
 }
 _ROLE = re.compile(rf"({'|'.join(_ROLES)})(?![a-z])")
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
-_LABELS = ("label", "labels", "fine_label")  # in this order, where a file has several columns that could be the label
 _HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}  # where the hub has several data sets under one name
 
 
@@ -53,17 +50,17 @@ def read_images(parts: dict[str, Part], name: str, image_size: int | None) -> Im
     The test images are those of "test"; where they carry no labels (ImageNet) or do not exist, those of "validation".
 
     Raises:
-        ValueError: a part or column is missing or ambiguous, a label is out of range, or see `decode_images`.
+        ValueError: a part is missing, a label is out of range, or see `find_columns`, `read_labels`, `decode_images`.
     """
     if "train" not in parts or not {"test", "validation"} & set(parts):
-        raise ValueError(f"{name}: expected train and test files, found {_listed(parts)}.")
+        raise ValueError(f"{name}: expected train and test files, found {listed(parts)}.")
     parts = {role: parts[role] for role in ("train", "validation", "test") if role in parts}
-    columns = _columns(parts["train"])
-    labels = {role: _labels(part, columns.label) for role, part in parts.items()}
+    columns = find_columns(parts["train"])
+    labels, class_names = read_labels(parts, columns)
     if "validation" in parts and ("test" not in parts or bool((labels["test"] < 0).all())):
         parts["test"], labels["test"] = parts.pop("validation"), labels.pop("validation")
     highest = max(int(values.max()) for values in labels.values())
-    class_names = columns.class_names or tuple(str(k) for k in range(highest + 1))
+    class_names = class_names or tuple(str(k) for k in range(highest + 1))
     for role, part in parts.items():
         low, high = int(labels[role].min()), int(labels[role].max())
         if low < 0 or high >= len(class_names):
@@ -96,7 +93,7 @@ def folder_parts(folder: Path) -> dict[str, Part]:
         steps = path.relative_to(folder).with_suffix("").parts
         roles = [_ROLES[match[1]] for step in reversed(steps) if (match := _ROLE.match(step))]
         if not roles:
-            raise ValueError(f"{path}: expected a name that starts with {_listed(_ROLES)}.")
+            raise ValueError(f"{path}: expected a name that starts with {listed(_ROLES)}.")
         files.setdefault(roles[0], []).append(path)
     if not files:
         raise ValueError(
@@ -178,61 +175,6 @@ def _check_columns(paths: list[Path]) -> None:
             raise ValueError(f"{path}: expected a Parquet file ({error}); fetch it again.") from error
         if not schemas[path].equals(schemas[paths[0]]):
             raise ValueError(
-                f"{path}: expected the columns of {paths[0]}, {_fields(schemas[paths[0]])}, found "
-                f"{_fields(schemas[path])}; is this more than one data set? Then set data.source to the folder of one."
+                f"{path}: expected the columns of {paths[0]}, {fields(schemas[paths[0]])}, found "
+                f"{fields(schemas[path])}; is this more than one data set? Then set data.source to the folder of one."
             )
-
-
-@dataclass(frozen=True)
-class _Columns:
-    image: str
-    label: str
-    class_names: tuple[str, ...] | None
-
-
-def _columns(part: Part) -> _Columns:
-    """The image and the label column: by the schema's "huggingface" metadata or, lacking that, by type."""
-    schema: pa.Schema = part.table.schema
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = metadata.get("info", {}).get("features", {})
-    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
-    images = [name for name, kind in kinds.items() if kind == "Image"]
-    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
-    if not images:
-        images = [field.name for field in schema if pa.types.is_struct(field.type) and "bytes" in _members(field.type)]
-    if not labels:
-        labels = [field.name for field in schema if pa.types.is_integer(field.type)]
-    if len(images) != 1:
-        raise ValueError(f"{part.name}: expected one image column {{bytes, path}}, found {_fields(schema)}.")
-    known = [name for name in _LABELS if name in labels]
-    if not known and len(labels) != 1:
-        raise ValueError(
-            f"{part.name}: expected one label column of integers or one called {_listed(_LABELS)}, found "
-            f"{_fields(schema)}."
-        )
-    label = (known or labels)[0]
-    names = features[label].get("names") if label in kinds else None
-    return _Columns(images[0], label, tuple(names) if names else None)
-
-
-def _members(struct: pa.StructType) -> list[str]:
-    return [struct.field(k).name for k in range(struct.num_fields)]
-
-
-def _labels(part: Part, column: str) -> Tensor:
-    batches = list(part.read(column))
-    missing = sum(batch.null_count for batch in batches)
-    if missing or not batches:
-        raise ValueError(
-            f"{part.name}: expected at least one row and a label in every row, column {column!r} has "
-            f"{sum(map(len, batches))} rows, {missing} without."
-        )
-    return torch.from_numpy(np.concatenate([batch.to_numpy() for batch in batches]).astype(np.int64))
-
-
-def _fields(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)
