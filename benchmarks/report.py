@@ -145,7 +145,7 @@ four layers at every epoch and {table_probes} probes of eight weights a layer. T
 {table}
 
 plotly.js is 4.8 MB of the page. All 500 epochs are drawn; longer curves would be drawn every k-th epoch, and the page says so
-then. Of the 2000 probes every 4th is drawn. Tables and verdict use every epoch.
+then. Of every 8 of the 2000 probes the lowest and the highest are drawn. Tables and verdict use every epoch.
 """.replace("{table_probes}", str(PROBES))
 
 

@@ -74,6 +74,32 @@ def test_the_permutation_test_is_that_of_all_deals(module: Module) -> None:
     assert module("noise").noise_of(values).p == pytest.approx(exact, abs=0.02)
 
 
+def test_where_no_deal_can_tell_f_answers(module: Module) -> None:
+    noise = module("noise")
+    values = np.array([[1.0, 1.1], [2.0, 2.05], [3.0, 3.2]])
+    found = noise.noise_of(values)
+    assert found.smallest == pytest.approx(1 / 6)  # six deals of the second seed to what the first is dealt to
+    assert found.p == pytest.approx(found.smallest, abs=0.01)
+    assert not found.dealt and found.f[1] < 0.01 and found.beyond
+    assert not noise.noise_of(np.array([[1.0, 2.0], [2.0, 1.0], [1.4, 1.5]])).beyond
+    assert noise.noise_of(np.repeat(values, 2, axis=0) + np.arange(6.0)[:, None]).dealt  # 6!
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_settings_that_are_the_same_have_no_f(module: Module, seeds: int) -> None:
+    values = np.tile([0.1, 0.7, 0.3][:seeds], (3, 1))
+    values[0] += 1e-16  # rounding
+    found = module("noise").noise_of(values, deals=200)
+    assert math.isnan(found.f[0])
+    assert (found.f[1], found.p, found.beyond) == (1, 1, False)
+
+
+def test_without_noise_there_is_no_f(module: Module) -> None:
+    found = module("noise").noise_of(np.array([[0.1, 1.1], [0.7, 1.7], [0.3, 1.3]]), deals=200)
+    assert math.isnan(found.f[0])
+    assert (found.f[1], found.beyond) == (1, False)  # nor can two seeds tell by permutation
+
+
 def test_noise_alone_is_called_an_effect_as_often_as_stated(module: Module) -> None:
     noise, generator = module("noise"), np.random.default_rng(0)
     found = [noise.noise_of(generator.normal(size=(6, 3)) + generator.normal(size=3), deals=200) for _ in range(300)]
@@ -312,6 +338,58 @@ def test_an_ablation_tells_an_effect_from_noise(module: Module, tmp_path: Path, 
     assert error.startswith("0 of 6") and loss.startswith("0 of 6")
     assert higher[0] == higher[1] == (0 if effect == 0 else 4)  # 0.3 points, at a = 0.9, are within the noise
     assert "--set optim.a=0.3,0.6,0.9,1 --set optim.period=1,2" in page
+
+
+def write_small_ablation(path: Path, seeds: int, errors: dict[float, float]) -> None:
+    for (a, error), seed in product(errors.items(), range(seeds)):
+        recipe = with_(DEMO, seed, a=a)
+        error += (0.0, 0.1)[seed] * (1 + a)
+        write_run(path / "runs" / f"a{a}-s{seed}", recipe, train_loss=error / 10, test_error=error)
+    sets = {"optim.a": [str(a) for a in errors]}
+    design = {
+        "kind": "ablate",
+        "recipe": "demo",
+        "seeds": list(range(seeds)),
+        "budget": "steps",
+        "target": None,
+        "sets": sets,
+    }
+    write_folder(path, DEMO, design)
+
+
+def test_an_ablation_of_few_seeds_is_answered_by_f(module: Module, tmp_path: Path) -> None:
+    write_small_ablation(tmp_path / "ablation", 2, {0.5: 2.0, 0.75: 3.0, 1.0: 4.0})
+    front = make(module, tmp_path / "out", "--ablation", str(tmp_path / "ablation"))
+    assert (
+        "**Test error**: yes; the 3 settings differ beyond seed noise (F, p < 0.001; so few seeds cannot tell by permutation: "
+        "its p is at least 0.17)." in front
+    )
+    assert "a < 1: F, p = 0.0" in front
+    assert "Of a < 1 the lowest mean has a = 0.5, m = 1." in front
+
+
+def test_what_a_corrected_difference_shows_is_not_called_chance(module: Module) -> None:
+    page, noise = module("ablation"), module("noise")
+    values = np.random.default_rng(0).normal(size=(6, 3))
+    row, difference = page.Row(0.5, 1, ()), module("ablation").Difference((-1.0, -1.1, -0.9))
+    for p, chance in ((0.01, False), (0.5, True)):
+        finding = page.Finding(
+            "test_error", "Test error", " %", 2, {"all": noise.noise_of(values)}, [(row, difference, p)]
+        )
+        assert "not shown; the 6 settings do not differ" in finding.sentence()
+        assert ("is chance" in finding.sentence()) == chance
+
+
+def test_an_ablation_of_one_seed_has_means_and_no_tests(module: Module, tmp_path: Path) -> None:
+    write_small_ablation(tmp_path / "ablation", 1, {0.5: 2.0, 0.75: 3.0, 1.0: 4.0})
+    front = make(module, tmp_path / "out", "--ablation", str(tmp_path / "ablation"))
+    assert (
+        "**Test error**: not tested; one seed shows no noise. Of a < 1 the lowest mean has a = 0.5, m = 1 (-2.000 % against "
+        "a = 1)." in front
+    )
+    page = (tmp_path / "out" / "ablation.md").read_text()
+    assert "| 0.75 | 3.000 |" in page and "| 0.5 | 1 | -2.000 | - |" in page
+    assert "permutation" not in page and "nan" not in page
 
 
 def test_an_ablation_with_holes_and_a_wrong_control_says_so(module: Module, tmp_path: Path) -> None:

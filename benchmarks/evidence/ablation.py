@@ -1,5 +1,6 @@
 """The page of the ablation: is the effect of a, and of the period m, larger than seed noise?"""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ from blaq.train.statistics import Difference, Sample
 from blaq.train.sweep import Run
 
 A, PERIOD = "optim.a", "optim.period"
+_TEST = (
+    "Test: the values of each seed are dealt anew to the settings, 20,000 times; p is the share of deals whose means spread as "
+    "far. Few settings and seeds have few deals, so that p cannot become small; F asks the same of normal noise, and answers "
+    f"where p cannot fall below {LEVEL:g}. What seed noise alone gives is reckoned from the rest that settings and seeds leave."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +97,8 @@ class Finding:
     """What a measure says.
 
     Attributes:
-        tests: name to the spread of settings against seed noise; the first is of all of them, a = 1 once.
-        differences: of each setting with a < 1 to a = 1, and the corrected p.
+        tests: name to the spread of settings against seed noise; the first is of all of them, a = 1 once. One seed has none.
+        differences: of each setting with a < 1 to a = 1, and the corrected p; NaN with one seed.
     """
 
     field: str
@@ -104,28 +110,43 @@ class Finding:
 
     def sentence(self) -> str:
         """The answer."""
+        best, lowest, _ = min(self.differences, key=lambda item: item[1].mean)
+        which = f"Of a < 1 the lowest mean has a = {best.a:g}, m = {best.period}"
+        if not self.tests:
+            shown = f"{lowest.show(self.digits)}{self.unit}"
+            return f"**{self.name}**: not tested; one seed shows no noise. {which} ({shown} against a = 1)."
         (_, noise), *parts = self.tests.items()
         answer, verdict = ("yes", "differ") if noise.beyond else ("not shown", "do not differ")
         lower, higher = (self._beyond(sign) for sign in (-1, 1))
         chance = LEVEL * len(self.differences)
         own = sum(difference.verdict != "open" for _, difference, _ in self.differences)
-        best = min(self.differences, key=lambda item: item[1].mean)[0]
+        told = noise.beyond or lower or higher
         return (
             f"**{self.name}**: {answer}; the {noise.settings} settings {verdict} beyond seed noise "
-            f"({p_is(noise.p)}). Their means spread with a "
+            f"({_p_of(noise)}{_cannot_tell(noise)}). Their means spread with a "
             f"standard deviation of {noise.spread:.{self.digits}f}{self.unit}, where seed noise alone gives "
             f"{noise.noise_spread:.{self.digits}f}, and over a range of {noise.range:.{self.digits}f}, where noise "
             f"alone gives {noise.noise_range:.{self.digits}f} (95 %: up to "
             f"{noise.noise_range_most:.{self.digits}f}). "
-            f"{'; '.join(f'{name}: {p_is(of.p)}' for name, of in parts)}. Against a = 1, "
+            f"{'; '.join(f'{name}: {_p_of(of)}' for name, of in parts)}. Against a = 1, "
             f"{len(lower)} of {len(self.differences)} settings are lower and {len(higher)} higher beyond noise "
-            f"(corrected); by their own intervals {own}, of which {chance:.2g} by chance. Of a < 1 the lowest mean "
-            f"has a = {best.a:g}, m = {best.period}"
-            + ("." if noise.beyond else "; that it is this one is chance as far as these runs tell.")
+            f"(corrected); by their own intervals {own}, of which {chance:.2g} by chance. {which}"
+            + ("." if told else "; that it is this one is chance as far as these runs tell.")
         )
 
     def _beyond(self, sign: int) -> list[Row]:
         return [row for row, difference, p in self.differences if p < LEVEL and difference.mean * sign > 0]
+
+
+def _p_of(noise: Noise) -> str:
+    """The p that answers."""
+    return p_is(noise.p) if noise.dealt else f"F, {p_is(noise.f[1])}"
+
+
+def _cannot_tell(noise: Noise) -> str:
+    """Why the permutation test does not answer, where it does not."""
+    why = f"so few seeds cannot tell by permutation: its p is at least {p_text(noise.smallest)}"
+    return "" if noise.dealt else f"; {why}"
 
 
 def findings(folder: Folder, grid: Grid) -> list[Finding]:
@@ -137,12 +158,13 @@ def findings(folder: Folder, grid: Grid) -> list[Finding]:
         ("train_loss", "Training loss", "", 5),
     ):  # fmt: skip
         values = grid.table(field, [grid.laq, *grid.below])
-        corrected = holm(pooled_p(values, 0)[1:])
+        several = len(grid.seeds) > 1
+        corrected = holm(pooled_p(values, 0)[1:]) if several else [math.nan] * len(grid.below)
         differences = [
             (row, Difference(tuple((of - values[0]).tolist())), p)
             for row, of, p in zip(grid.below, values[1:], corrected, strict=True)
         ]
-        tests = {name: noise_of(part) for name, part in parts(grid, field).items() if len(part) > 1}
+        tests = {name: noise_of(part) for name, part in parts(grid, field).items() if several and len(part) > 1}
         found.append(Finding(field, name, unit, digits, tests, differences))
     return found
 
@@ -178,9 +200,7 @@ def page(folder: Folder) -> tuple[str, list[str]]:
         "epochs.",
         f"```\n{folder.command()}\n```",
         bullets(answers),
-        "Test: the values of each seed are dealt anew to the settings, 20,000 times; p is the share of deals whose "
-        "means spread as far. Few settings and seeds have few deals, so that p cannot become small; F asks the same of "
-        "normal noise. What seed noise alone gives is reckoned from the rest that settings and seeds leave.",
+        _TEST if len(grid.seeds) > 1 else "",
         bullets(caveats),
     ]
     for finding in found:
@@ -200,13 +220,15 @@ def _grid_table(grid: Grid, finding: Finding) -> str:
 
 
 def _noise_table(found: Finding) -> str:
+    if not found.tests:
+        return ""
     rows = []
     for name, noise in found.tests.items():
         d = found.digits
         rows.append([
             name, str(noise.settings), f"{noise.seed_sd:.{d}f}", f"{noise.spread:.{d}f}", f"{noise.noise_spread:.{d}f}",
             f"{noise.range:.{d}f}", f"{noise.noise_range:.{d}f} (95 %: {noise.noise_range_most:.{d}f})", p_text(noise.p),
-            f"{noise.f[0]:.2f} ({p_is(noise.f[1])})",
+            "-" if math.isnan(noise.f[0]) else f"{noise.f[0]:.2f} ({p_is(noise.f[1])})",
         ])  # fmt: skip
     head = ["settings", "number", "sd over seeds, pooled", "sd of means", "by noise alone", "range of means", "by noise alone",
             "p, permutation", "F"]  # fmt: skip

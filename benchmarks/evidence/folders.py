@@ -80,7 +80,8 @@ class Folder:
 
     def group(self, bits: str) -> Group:
         """The methods of a comparison at these bits, float among them, against LAQ."""
-        settings = settings_of([run for run in self.runs if run.settings["bits"] in (bits, "float")])
+        members = [run for run in self.runs if run.settings["bits"] in (bits, "float")]
+        settings = settings_of(members, self.design["seeds"])
         reference = next((one for one in settings if one.values["method"] == REFERENCE), None)
         if reference is None:
             raise ValueError(f"evidence: {self.path} has no finished run of laq at bits {bits}, the reference; run it.")

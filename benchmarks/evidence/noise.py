@@ -8,7 +8,8 @@ and the noise is what remains after both effects (a randomised block design):
 
 - F test of "no setting differs": (seeds * variance of the settings' means) / s^2.
 - Permutation test of the same, which assumes no distribution: the values of each seed are dealt to the settings anew, 20,000
-  times; p is the share of deals whose means spread at least as far, the true one counted among them.
+  times; p is the share of deals whose means spread at least as far, the true one counted among them. Deals that only rename
+  the settings spread alike, so p cannot fall below settings!^(1 - seeds); where that is above the level, F answers.
 - Difference of two settings: t = difference / (s sqrt(2 / seeds)), which pools the noise of all settings. Its p are
   corrected by Holm's method for their number: of all differences that are called, with 95 % not one is chance alone.
 """
@@ -23,6 +24,7 @@ from scipy import stats
 
 LEVEL = 0.05
 DEALS = 20_000
+ROUNDING = 1e-12  # of the largest value: below it a spread is none
 SEED = 0
 
 Values = NDArray[np.float64]  # (settings, seeds)
@@ -40,7 +42,7 @@ class Noise:
         noise_spread: what noise alone gives as the spread: s / sqrt(seeds).
         noise_range, noise_range_most: what it gives as the range, were it normal: median and 95 % quantile.
         p: of the permutation test.
-        f: F, and its p.
+        f: F, and its p; NaN and 1 where either spread is but rounding.
     """
 
     settings: int
@@ -55,9 +57,19 @@ class Noise:
     f: tuple[float, float]
 
     @property
+    def smallest(self) -> float:
+        """The smallest p that the permutation test can give."""
+        return math.exp((1 - self.seeds) * math.lgamma(self.settings + 1))
+
+    @property
+    def dealt(self) -> bool:
+        """Whether the permutation test answers; else it could not, whatever the values, and F does."""
+        return self.smallest < LEVEL
+
+    @property
     def beyond(self) -> bool:
         """Whether the settings differ beyond seed noise, at the level of 5 %."""
-        return self.p < LEVEL
+        return (self.p if self.dealt else self.f[1]) < LEVEL
 
 
 def noise_of(values: Values, deals: int = DEALS) -> Noise:
@@ -72,12 +84,12 @@ def noise_of(values: Values, deals: int = DEALS) -> Noise:
     means = values.mean(axis=1)
     generator = np.random.default_rng(SEED)
     dealt = np.array([generator.permuted(values, axis=0).mean(axis=1) for _ in range(deals)])
-    spread = float(means.std(ddof=1))
-    as_far = np.count_nonzero(dealt.std(axis=1, ddof=1) >= spread * (1 - 1e-12))
+    spread, rounding = float(means.std(ddof=1)), _rounding(values)
+    as_far = np.count_nonzero(dealt.std(axis=1, ddof=1) >= spread - rounding)
     square, freedom = residual(values)
     noise_spread = math.sqrt(square / seeds)
     ranges = noise_spread * np.ptp(generator.standard_normal((deals, count)), axis=1)
-    f = seeds * spread**2 / square if square > 0 else math.inf
+    f = seeds * spread**2 / square if min(spread, math.sqrt(square)) > rounding else math.nan
     return Noise(
         settings=count,
         seeds=seeds,
@@ -88,7 +100,7 @@ def noise_of(values: Values, deals: int = DEALS) -> Noise:
         noise_range=float(np.median(ranges)),
         noise_range_most=float(np.quantile(ranges, 1 - LEVEL)),
         p=(1 + as_far) / (1 + deals),
-        f=(f, float(stats.f.sf(f, count - 1, freedom))),
+        f=(f, 1.0 if math.isnan(f) else float(stats.f.sf(f, count - 1, freedom))),
     )
 
 
@@ -99,12 +111,16 @@ def residual(values: Values) -> tuple[float, int]:
     return float(np.square(rest).sum() / freedom), freedom
 
 
+def _rounding(values: Values) -> float:
+    return ROUNDING * float(np.abs(values).max(initial=0))
+
+
 def pooled_p(values: Values, reference: int) -> list[float]:
     """Two-sided p of each setting against that of index `reference` (there 1); 1 without noise to judge by."""
     square, freedom = residual(values)
     error = math.sqrt(2 * square / values.shape[1])
     differences = values.mean(axis=1) - values[reference].mean()
-    if error <= 1e-12 * float(np.abs(values).max(initial=0)):
+    if error <= _rounding(values):
         return [1.0] * len(values)
     return [float(2 * stats.t.sf(abs(difference) / error, freedom)) for difference in differences]
 

@@ -30,7 +30,9 @@ def join(parts: Sequence[str], none: str = "none") -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value in a table."""
+    """A p-value in a table; a dash for NaN."""
+    if p != p:
+        return "-"
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
