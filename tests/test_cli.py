@@ -70,6 +70,12 @@ def test_plan_tells_sizes_and_memory_without_the_data(folder: Path) -> None:
     assert "trial none: moments" in blaq("plan", "tiny.toml", "--set", "optim.method=float").output
 
 
+def test_paths_are_printed_as_they_are(folder: Path) -> None:
+    trained = blaq("train", "tiny.toml", "--set", "train.epochs=1", "--set", "optim.lr=.01", "--out", ":100:/[b]a")
+    assert trained.exit_code == 0, trained.output
+    assert trained.stdout.splitlines()[-1].startswith(":100:/[b]a: test error ")
+
+
 def test_a_float_run_is_named_without_bits(folder: Path) -> None:
     assert blaq("train", "tiny.toml", "--set", "optim.method=float", "--set", "train.epochs=1").exit_code == 0
     assert Path("runs/tiny-float-s5/result.json").exists()
@@ -142,6 +148,7 @@ def test_list_names_everything(folder: Path) -> None:
         (("train", "tiny.toml", "--set", "optim.bit=2"), "unknown key optim.bit; did you mean optim.bits?"),
         (("train", "tyni.toml"), "tyni.toml"),
         (("eval", "runs/none"), "'runs/none' holds no run"),
+        (("eval", ":100:/[red]a[/red]"), "':100:/[red]a[/red]' holds no run"),
         (("inspect", "runs/none"), "'runs/none' holds no run"),
         (
             ("inspect", "m.onnx"),

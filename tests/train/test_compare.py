@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,43 @@ def test_runs_are_written_and_tabulated(tmp_path: Path) -> None:
     assert described["epochs"] == {"float": 2, "laq-b1": 2, "laq-bternary2": 2, "blaq-b1": 1, "blaq-bternary2": 1}
 
 
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_runs_are_not_given_other_epochs(tmp_path: Path) -> None:
+    recipe, quiet = RECIPE.with_(["train.epochs=2"]), Sweeper(console=Console(quiet=True))
+    made(Design(methods=["laq", "past"], seeds=[0], budget="gradients"), tmp_path, recipe)
+    before = files_of(tmp_path)
+    more = Design(methods=["laq", "past", "blaq"], seeds=[0, 1], budget="gradients")
+    with pytest.raises(ValueError, match=r"its run laq-b1-s0 has train\.epochs=2, not 4; choose another directory"):
+        compare(recipe, more, tmp_path, quiet)
+    assert files_of(tmp_path) == before
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_runs_are_not_given_other_learning_rates(tmp_path: Path) -> None:
+    made(Design(methods=["laq"], seeds=[0], rates=[1e-5]), tmp_path)
+    before = files_of(tmp_path)
+    more = Design(methods=["laq"], seeds=[0, 1], rates=[1e-5, 0.01])
+    with pytest.raises(ValueError, match=r"its run laq-b1-s0 has optim\.lr=1e-05, not 0\.01; choose another directory"):
+        compare(RECIPE, more, str(tmp_path), Sweeper(console=Console(quiet=True)))  # type: ignore[arg-type]
+    assert files_of(tmp_path) == before
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    found, rows, _ = made(Design(methods=["laq"], seeds=[0, 1], rates=[1e-5, 1e-6]), tmp_path)
+    assert not found.failures
+    assert len(rows) == 2
+
+
+def test_brackets_and_colons_of_a_title_are_printed_as_they_are() -> None:
+    recipe = replace(RECIPE, title="digits [quick] [/x] :100:")
+    found = comparison(runs("laq", [1.0]), recipe=recipe)
+    console = Console(file=io.StringIO(), width=120)
+    for table in rich_tables(found.groups, recipe):
+        console.print(table)
+    assert "digits [quick] [/x] :100: (1 seeds)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_result_without_peak_memory_can_still_be_read() -> None:
     assert Result(**{**VALUES, "method": "laq", "bits": 1, "seed": 0}).peak_memory is None
 
@@ -260,6 +298,7 @@ def test_a_result_without_peak_memory_can_still_be_read() -> None:
         ({"bits": [1, "binary"]}, r"compare\(bits='1,binary'\): expected each grid once"),
         ({"bits": ["ternery"]}, "ternary"),
         ({"rates": [0.1, 0.1]}, "each once"),
+        ({"rates": [0.1, 0.10000001]}, "differ in six digits"),
         ({"tune_seeds": 0}, "at least 1"),
         ({"tune_seeds": 5}, r"compare\(tune_seeds=5\): without learning rates to choose among nothing is chosen"),
         ({"target": math.nan}, "finite training loss"),
@@ -273,6 +312,7 @@ def test_a_design_that_makes_no_sense_is_refused(changed: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"rates": [0.1], "seeds": [2**32 - 10]}, r"seed=4294977286\): expected 0 to"),
         ({"methods": ["laq", "blac"]}, "did you mean 'blaq'"),
         ({"rates": [-1.0]}, "finite numbers > 0"),
         ({"methods": ["float"], "bits": [1, 2]}, r"compare\(bits='1,2'\): none of the methods float quantizes"),
@@ -281,7 +321,7 @@ def test_a_design_that_makes_no_sense_is_refused(changed: dict[str, Any], messag
 def test_what_does_not_fit_stops_before_any_run(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         compare(
-            RECIPE,
+            RECIPE.with_([f"train.seed={changed.get('seeds', [0])[0]}"]),
             Design(**{"methods": ["laq"], "seeds": [0], **changed}),
             tmp_path / "out",
             Sweeper(console=Console(quiet=True)),

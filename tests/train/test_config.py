@@ -151,6 +151,13 @@ def test_a_written_recipe_reads_back_equal(recipe: Recipe, tmp_path_factory: pyt
     assert back.to_toml() == recipe.to_toml()
 
 
+@pytest.mark.parametrize("rule", [RuleConfig(bits=2), RuleConfig(granularity="channel"), RuleConfig(solver="exact")])
+def test_a_rule_may_leave_the_rest_to_the_recipe(rule: RuleConfig, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, optim=replace(RECIPE.optim, rules={"fc1": rule}))
+    (tmp_path / "run.toml").write_text(recipe.to_toml())
+    assert load_recipe(tmp_path / "run.toml").optim.rules == {"fc1": rule}
+
+
 def test_a_written_recipe_states_every_setting() -> None:
     written = RECIPE.to_toml()
     for section in (RECIPE.data, RECIPE.model, RECIPE.optim, RECIPE.train):

@@ -34,6 +34,12 @@ def test_a_terminal_shows_loss_error_and_gradients_of_the_running_epoch(
     assert re.fullmatch(r"loss \d\.\d{4}  error \d+\.\d\d %  gradients 14", str(updates[6]["numbers"]))
 
 
+def test_text_is_printed_as_it_is() -> None:
+    console = Console(file=io.StringIO())
+    display.Display(console).say("runs/:100:/[bold]a[/bold] is finished.")
+    assert console.file.getvalue() == "runs/:100:/[bold]a[/bold] is finished.\n"  # type: ignore[attr-defined]
+
+
 def test_a_file_gets_a_line_an_epoch_and_no_control_characters(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     train(RECIPE, tmp_path / "run", display=display.Display(console))

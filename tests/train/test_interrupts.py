@@ -1,11 +1,12 @@
-"""Ctrl-C during training waits for the batch under way, and no longer."""
+"""Ctrl-C and SIGTERM during training wait for the batch under way, and no longer."""
 
 import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from blaq.train.interrupts import Interrupts
+from blaq.train.interrupts import EXIT_TERMINATED, Interrupts, terminable
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,32 @@ def test_after_the_last_batch() -> None:
 
 def test_a_second_one_does_not_wait() -> None:
     assert interrupted(ctrl_c, ctrl_c, interrupts=Interrupts()) == [0]
+
+
+def test_termination_waits_for_the_batch_and_has_a_status() -> None:
+    interrupts, made = Interrupts(), []
+
+    def training() -> None:
+        with terminable(), interrupts.handled():
+            interrupts.on_train_batch_start()
+            handler = signal.getsignal(signal.SIGTERM)
+            assert callable(handler)
+            handler(signal.SIGTERM, None)
+            made.append(1)
+            interrupts.on_train_batch_start()
+            made.append(2)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        training()
+    assert (exit_.value.code, made) == (EXIT_TERMINATED, [1])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_lightnings_exit_gets_a_status() -> None:
+    with pytest.raises(SystemExit) as exit_, Interrupts().handled():
+        raise SIGTERMException
+    assert exit_.value.code == EXIT_TERMINATED
 
 
 def test_a_handler_of_the_user_is_left() -> None:

@@ -326,10 +326,13 @@ def test_resuming_with_other_versions_is_said(tmp_path: Path) -> None:
     assert "Resumed after epoch 1 of 4." in said
 
 
-def test_ctrl_c_of_a_process_can_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "what"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")]
+)
+def test_a_stopped_process_can_be_resumed(number: signal.Signals, status: int, what: str, tmp_path: Path) -> None:
     recipe = RECIPE.with_([*SETTINGS["past"], "train.epochs=40"])
     (tmp_path / "tiny.toml").write_text(recipe.to_toml())
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     # Set by hand, for a process started in the background inherits an ignored signal.
     handler = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"{handler}; from blaq.__main__ import main; main()"
@@ -339,10 +342,10 @@ def test_ctrl_c_of_a_process_can_be_resumed(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (run / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert errors == f"Interrupted. Continue with: blaq train {run}/recipe.toml --out {run} --resume\n"
+    assert process.returncode == status, errors
+    assert errors == f"{what}. Continue with: blaq train '{run}/recipe.toml' --out '{run}' --resume\n"
     assert "epoch  1/40" in output
     assert 1 <= len(rows(run)) < 40
     train(load_recipe(run / "recipe.toml"), run, resume=True, progress=False)
@@ -364,6 +367,25 @@ def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path) -> None:
         train(RECIPE, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=r"has optim\.lr=0\.01, not 0\.02; train\.epochs=1, not 4; keep its settings"):
         train(RECIPE.with_(["optim.lr=0.02"]), tmp_path / "run", resume=True, progress=False)
+
+
+def test_what_a_kill_left_of_a_recipe_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml.partial").write_text(RECIPE.to_toml()[:50])
+    train(RECIPE.with_(["train.epochs=1"]), tmp_path, resume=True, progress=False)
+    assert not (tmp_path / "recipe.toml.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        replace(RECIPE, model=replace(RECIPE.model, options={"inputs": 64, "hidden": (16,)})),
+        replace(RECIPE, optim=replace(RECIPE.optim, betas=[0.9, 0.99])),  # type: ignore[arg-type]
+    ],
+)
+def test_tuples_and_lists_are_the_same_settings(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path, display=Interruption(STEPS + 1))
+    assert train(recipe, tmp_path, resume=True, progress=False).epochs == 4
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path: Path) -> None:
@@ -436,14 +458,54 @@ def test_ctrl_c_in_a_test_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.Mo
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_recipe_that_cannot_run_leaves_no_directory(tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_run_leaves_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="rule 'conv1' matched no parameter"):
         train(RECIPE.with_(["optim.rules.conv1=float"]), tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=r"'mlp': the network does not take inputs of shape \(1, 8, 8\)"):
         train(RECIPE.with_(["model.options.inputs=63"]), tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match=r"5 outputs, but digits has 10 classes; set model\.options\.classes=10"):
         train(RECIPE.with_(["model.options.classes=5"]), tmp_path / "run", progress=False)
+    for single in ("data.batch_size=1", "data.train=1"):
+        with pytest.raises(ValueError, match=rf"{single}.*cannot train on mini-batches of a single example"):
+            train(RECIPE.with_([single]), tmp_path / "run", progress=False)
+    pairs = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Unflatten(1, (2, 10)))
+    monkeypatch.setattr("blaq.train.module.build_model", lambda *_, **__: pairs)
+    with pytest.raises(
+        ValueError, match=r"'mlp': outputs of shape \(50, 2, 10\) .*, expected \(50, 10\); choose another"
+    ):
+        train(RECIPE, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_check_of_single_examples_leaves_the_network_as_it_is() -> None:
+    recipe = RECIPE.with_(["data.batch_size=1"])
+    module = TaskModule(recipe, load_data(recipe.data))
+    # 64 values a channel
+    module.model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(), nn.Flatten(), nn.Linear(64, 10))
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    module.check()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
+
+
+def test_evaluating_leaves_the_random_state_as_it_was(tmp_path: Path) -> None:
+    train(RECIPE.with_(["train.epochs=1"]), tmp_path, progress=False)
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    evaluate(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_tensorboard_has_every_step_once_after_an_interrupted_first_epoch(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = RECIPE.with_(["data.batch_size=2", "train.epochs=1", "optim.method=laq"])  # 150 steps, logged every 50
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path, display=Interruption(120))
+    train(recipe, tmp_path, resume=True, progress=False)
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [49, 99, 149]
 
 
 def test_every_epoch_has_its_own_batches(tmp_path: Path) -> None:
@@ -575,7 +637,7 @@ def test_gradients_that_lightning_accumulates_are_refused_for_two() -> None:
     recipe = RECIPE.with_(["optim.method=blaq", "optim.period=1"])
     module = TaskModule(recipe, load_data(recipe.data))
     options = {"max_epochs": 1, "accumulate_grad_batches": 2, "logger": False}
-    message = r"the closure adds to the gradient that 'fc1.weight' had before, .* evaluation\(\)"
+    message = r"the closure leaves 'fc1.weight' the gradient it had before, .* evaluation\(\)"
     with _settings(1), pytest.raises(ValueError, match=message):
         _trainer(**options).fit(module)
     laq = TaskModule(RECIPE.with_(["optim.method=laq"]), module.dataset)

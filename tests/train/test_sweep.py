@@ -258,23 +258,23 @@ def test_ray_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_holds_one_sweep(tmp_path: Path) -> None:
     design = {"kind": "compare", "budget": "steps"}
-    claim(tmp_path / "new", RECIPE, design)
-    claim(tmp_path / "new", RECIPE, design)
+    claim(tmp_path / "new", RECIPE, design, {})
+    claim(tmp_path / "new", RECIPE, design, {})
     for changed, message in (
         ({"kind": "ablate"}, "its runs are of kind 'compare', not 'ablate'"),
         ({"budget": "gradients"}, "its runs are of budget 'steps', not 'gradients'"),
     ):
         with pytest.raises(ValueError, match=message):
-            claim(tmp_path / "new", RECIPE, design | changed)
+            claim(tmp_path / "new", RECIPE, design | changed, {})
     with pytest.raises(ValueError, match=r"its runs have optim\.lr=0\.01, not 0\.5; keep"):
-        claim(tmp_path / "new", RECIPE.with_(["optim.lr=0.5"]), design)
+        claim(tmp_path / "new", RECIPE.with_(["optim.lr=0.5"]), design, {})
     train(RECIPE, tmp_path / "run", progress=False)
     with pytest.raises(ValueError, match="the directory holds a run"):
-        claim(tmp_path / "run", RECIPE, design)
+        claim(tmp_path / "run", RECIPE, design, {})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "results.csv").write_text("mine")
     with pytest.raises(ValueError, match=r"expected a new or empty directory, or one of a comparison; choose another"):
-        claim(tmp_path / "mine", RECIPE, design)
+        claim(tmp_path / "mine", RECIPE, design, {})
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["results.csv"]
 
 
@@ -282,12 +282,12 @@ def test_the_order_of_rules_is_part_of_a_recipe(tmp_path: Path) -> None:
     """The first match wins."""
     one, other = (RECIPE.with_([f"optim.rules={{{rules}}}"]) for rules in ('"fc*"=4, "*1"=2', '"*1"=2, "fc*"=4'))
     design = {"kind": "compare", "budget": "steps"}
-    claim(tmp_path, one, design)
-    claim(tmp_path, one, design)
+    claim(tmp_path, one, design, {})
+    claim(tmp_path, one, design, {})
     with pytest.raises(
         ValueError, match=r"its runs have optim\.rules in the order 'fc\*', '\*1', not '\*1', 'fc\*'; keep"
     ):
-        claim(tmp_path, other, design)
+        claim(tmp_path, other, design, {})
 
 
 def test_a_damaged_result_is_a_failed_run(tmp_path: Path) -> None:
@@ -295,13 +295,23 @@ def test_a_damaged_result_is_a_failed_run(tmp_path: Path) -> None:
     (result,) = tmp_path.glob("*/result.json")
     for text, message in (
         ("", "result.json' is damaged"),
-        ("[1]", "found list"),
+        ("[1]", "expected JSON objects"),
         ('{"new": 1}', "of another version of blaq"),
     ):
         result.write_text(text)
         found, _ = make([job(1)], tmp_path)
         assert not found.runs
         assert [message in failure for failure in found.failures.values()] == [True]
+
+
+def test_the_tables_are_written_once_for_all_finished_runs(tmp_path: Path) -> None:
+    jobs = [job(seed, "train.epochs=1") for seed in (1, 2, 3)]
+    make(jobs[:2], tmp_path)
+    told: list[int] = []
+    sweeper = Sweeper(console=Console(quiet=True))
+    sweeper.run(jobs, tmp_path, finished=lambda outcome: told.append(len(outcome.runs)))
+    sweeper.run(jobs, tmp_path, finished=lambda outcome: told.append(len(outcome.runs)))
+    assert told == [2, 3, 3]
 
 
 def test_names_differ(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from blaq.train import toml
 class Detail:
     size: int | None = None
     word: str = "w"
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ def changed(*overrides: str) -> Root:
         ({"first": {"table": {"k": {"sise": 1}}}}, "unknown key first.table.k.sise; did you mean first.table.k.size?"),
         (
             {"first": {"table": {"a": {"b": 1}}}},
-            'unknown key first.table.a.b; first.table.a has size, word; a name with a dot needs quotes, as in "a.b".',
+            'unknown key first.table.a.b; first.table.a has size, word, note; a name with a dot needs quotes, as in "a.b".',
         ),
         ({"first": {"count": "1"}}, "a.toml: first.count='1': expected an integer."),
         ({"first": {"count": 1.0}}, "first.count=1.0: expected an integer."),
@@ -137,7 +138,7 @@ mixed = "all"
 
 [first.table]
 "a.*" = 1
-b = {size = 2, word = "w"}
+b = {size = 2, word = "w", note = "none"}
 c = "x"
 
 [second]
@@ -179,6 +180,20 @@ def test_text_needs_no_quotes_and_may_hold_anything() -> None:
     assert changed("title=").title == ""
     assert changed("title=[not toml").title == "[not toml"
     assert changed("title=1\ncount = 5").title == "1\ncount = 5"  # one value, not two settings
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(".5", 0.5), ("1.", 1.0), ("-.5e-3", -0.0005), (" 2.E1 ", 20.0), (".", "."), ("1.2.", "1.2.")]
+)
+def test_a_number_needs_no_digit_before_or_after_its_point(text: str, value: object) -> None:
+    assert changed(f"second.free.a={text}").second.free == {"a": value}
+
+
+def test_none_is_a_text_where_nothing_may_be_unset() -> None:
+    assert changed("title=none", "first.table.a=none", "second.free.a=none") == Root(
+        title="none", first=First(count=1, table={"a": "none"}), second=Second(free={"a": "none"})
+    )
+    assert changed("first.table.a={note='none'}").first.table == {"a": Detail()}
 
 
 def test_an_override_resets_to_none() -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 from typing_extensions import override
 
@@ -28,10 +27,10 @@ class Commands(TyperGroup):
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, ImportError) and error.name is not None:
                 raise  # by an import, not by us: `blaq.__main__` says what to install
-            Console(stderr=True).print(f"[red]{escape(str(error))}[/red]", highlight=False, soft_wrap=True)
+            _plain(stderr=True).print(str(error), style="red", soft_wrap=True)
             raise typer.Exit(EXIT_REFUSED) from error
         except KeyboardInterrupt as interrupt:
-            Console(stderr=True).print("Interrupted.")
+            say("Interrupted.", stderr=True)
             raise typer.Exit(EXIT_INTERRUPTED) from interrupt
 
 
@@ -79,9 +78,14 @@ CheckpointOption = Annotated[
 
 def console() -> Console:
     """Standard output, and in a file or a pipe room for every table."""
-    return Console() if Console().is_terminal else Console(width=WIDTH_OF_FILES)
+    return _plain() if _plain().is_terminal else _plain(width=WIDTH_OF_FILES)
 
 
 def say(text: str, *, stderr: bool = False) -> None:
     """Print a line of plain text, however long."""
-    Console(stderr=stderr).print(text, markup=False, highlight=False, soft_wrap=True)
+    _plain(stderr=stderr).print(text, soft_wrap=True)
+
+
+def _plain(**options: Any) -> Console:
+    """A console that prints what it is given: paths and settings may hold what rich would take for styles or emoji."""
+    return Console(markup=False, emoji=False, highlight=False, **options)

@@ -1,5 +1,6 @@
 """``blaq plan``, ``train``, ``eval`` and ``list``."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,7 @@ def train(
 ) -> None:
     """Train a recipe."""
     from blaq.train.config import load_recipe
+    from blaq.train.interrupts import EXIT_TERMINATED, terminable
     from blaq.train.run import train as run
 
     resolved = load_recipe(recipe, set_ or ())
@@ -51,12 +53,15 @@ def train(
     bits = f"-b{optim.bits}" if optim.trains_by.quantized else ""
     path = out or Path("runs") / f"{resolved.name}-{optim.method}{bits}-s{resolved.train.seed}"
     try:
-        result = run(resolved, path, resume=resume)
-    except KeyboardInterrupt as interrupt:
-        command = f"blaq train {path / 'recipe.toml'} --out {path} --resume"
+        with terminable():
+            result = run(resolved, path, resume=resume)
+    except (KeyboardInterrupt, SystemExit) as end:
+        interrupted = isinstance(end, KeyboardInterrupt)
+        what = "Interrupted" if interrupted else "Terminated"
+        command = shlex.join(["blaq", "train", str(path / "recipe.toml"), "--out", str(path), "--resume"])
         begun = (path / "recipe.toml").exists()
-        say(f"Interrupted. Continue with: {command}" if begun else "Interrupted before the first step.", stderr=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+        say(f"{what}. Continue with: {command}" if begun else f"{what} before the first step.", stderr=True)
+        raise typer.Exit(EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED) from end
     say(
         f"{path}: test error {result.test_error:.2f} % loss {result.test_loss:.4f} of epoch {result.best_epoch} (lowest "
         f"validation error, {result.validation_error:.2f} %); {result.gradient_evaluations:,} gradients, "

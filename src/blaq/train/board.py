@@ -48,7 +48,7 @@ class Board:
         self._running.pop(name, None)
         self._ended += 1
         line = f"{name} ({self._numbers[name]}/{len(self._numbers)}): {what}"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def refresh(self) -> None:
         """Show the newest epochs."""

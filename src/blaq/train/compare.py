@@ -16,8 +16,8 @@ from blaq.train.display import Display
 from blaq.train.module import build_groups
 from blaq.train.summary import Group, Measure, Setting, settings_of
 from blaq.train.sweep import Job, Outcome, Run, Sweeper, claim
-from blaq.train.tables import write_tables
-from blaq.train.tuning import Tuning, tune
+from blaq.train.tables import write_csv, write_tables
+from blaq.train.tuning import Tuning, tune, tuning_jobs
 from blaq.train.verdict import judge
 
 REFERENCE = "laq"
@@ -55,6 +55,11 @@ class Design:
             raise ValueError(f"compare(bits={','.join(map(str, self.bits))!r}): expected each grid once.")
         if not all(0 < rate < math.inf for rate in self.rates):
             raise ValueError(f"compare(rates={','.join(map(str, self.rates))!r}): expected finite numbers > 0.")
+        if len({f"{rate:g}" for rate in self.rates}) < len(self.rates):
+            raise ValueError(
+                f"compare(rates={','.join(map(str, self.rates))!r}): expected rates that differ in six digits, which name "
+                "their runs."
+            )
         if self.target is not None and not math.isfinite(self.target):
             raise ValueError(f"compare(target={self.target}): expected a finite training loss.")
         if self.tune_seeds < 1:
@@ -97,7 +102,8 @@ class Comparison:
         ]
         groups = []
         for bits in grids:
-            settings = settings_of([_labelled(run) for run in runs if run.settings["bits"] in (bits, "float")])
+            members = [_labelled(run) for run in runs if run.settings["bits"] in (bits, "float")]
+            settings = settings_of(members, self.design.seeds)
             reference = next((one for one in settings if one.values["method"] == REFERENCE), settings[0])
             groups.append(
                 Group(
@@ -116,7 +122,7 @@ class Comparison:
         return [judge(group, measure, self.design.budget, several=len(groups) > 1) for group in groups]
 
 
-def compare(recipe: Recipe, design: Design, out: Path, sweeper: Sweeper) -> Comparison:
+def compare(recipe: Recipe, design: Design, out: Path | str, sweeper: Sweeper) -> Comparison:
     """Train a recipe with each method, grid and seed, each into ``out/runs/<name>``, and write the tables.
 
     Runs that are finished are not repeated, those begun are resumed. A run that fails is reported and the others go on.
@@ -124,34 +130,35 @@ def compare(recipe: Recipe, design: Design, out: Path, sweeper: Sweeper) -> Comp
     with learning rates to choose among tuning.csv, and the runs that the choice took in ``out/tuning/<name>``.
 
     Raises:
-        ValueError: an unknown method or grid, or settings that do not fit a method; the directory holds something else.
+        ValueError: an unknown method or grid, or settings that do not fit a method; the directory holds something else, or
+            runs whose epochs or learning rates this comparison would change.
     """
+    out = Path(out)
     variants = _variants(recipe, design)
     description = {"kind": "compare", "recipe": recipe.name, **asdict(design), "seeds": list(design.seeds)}
     description["bits"] = list(design.bits) or [recipe.optim.bits]
     description["epochs"] = {name: variant.train.epochs for name, variant in variants.items()}
-    claim(out, recipe, description)
+    jobs = _jobs(variants, design)
+    if design.rates:  # until they are chosen, the tables there are those of the design there
+        first = {"tuning": tuning_jobs(variants, design.rates, design.tune_seeds)}
+        claim(out, recipe, description, first, extend=False)
+    else:
+        claim(out, recipe, description, {"runs": jobs})
     _show_plan(list(variants.values()), sweeper.console)
     notes = _notes(recipe, design, variants)
     for note in notes:
         Display(sweeper.console).say(note)
     tuning = None
     if design.rates:
-        tuning = tune(variants, design.rates, design.tune_seeds, out, sweeper)
+        tuning = tune(variants, design.rates, design.tune_seeds, out / "tuning", sweeper)
         variants = {
             name: replace(variant, optim=replace(variant.optim, lr=tuning.chosen[name]))
             for name, variant in variants.items()
             if name in tuning.chosen
         }
-    jobs = [
-        Job(
-            name=f"{name}-s{seed}",
-            recipe=replace(variant, train=replace(variant.train, seed=seed)),
-            settings=_settings(variant, tuned=tuning is not None),
-        )
-        for name, variant in variants.items()
-        for seed in design.seeds
-    ]
+        jobs = _jobs(variants, design)
+        claim(out, recipe, description, {"runs": jobs})
+        write_csv(out / "tuning.csv", tuning.rows)
 
     def write(outcome: Outcome) -> None:
         comparison = Comparison(recipe, design, outcome, tuning)
@@ -177,6 +184,19 @@ def _variants(recipe: Recipe, design: Design) -> dict[str, Recipe]:
             "leave it out, or add one that does."
         )
     return equal_gradients(variants) if design.budget == "gradients" else variants
+
+
+def _jobs(variants: dict[str, Recipe], design: Design) -> list[Job]:
+    """The counted runs."""
+    return [
+        Job(
+            name=f"{name}-s{seed}",
+            recipe=replace(variant, train=replace(variant.train, seed=seed)),
+            settings=_settings(variant, tuned=bool(design.rates)),
+        )
+        for name, variant in variants.items()
+        for seed in design.seeds
+    ]
 
 
 def _settings(variant: Recipe, *, tuned: bool) -> dict[str, str]:

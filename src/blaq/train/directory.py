@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import lightning
@@ -94,8 +93,8 @@ class RunDirectory:
         path = self.existing(name)
         try:
             saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
+        except Exception as error:  # there is hardly one that torch does not raise at damaged bytes
+            reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(
                 f"{str(path)!r} cannot be read ({reason}); if it is damaged, take the other checkpoint, or make the run again."
             ) from error
@@ -116,7 +115,7 @@ class RunDirectory:
         if comparison_file(self.path).exists():
             raise ValueError(f"{owner}: the directory holds a comparison; choose another with --out.")
         if not self.recipe_file.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or names_in(self.path)):
                 raise ValueError(f"{owner}: expected a new or empty directory; choose another with --out.")
             return
         if not resume:
@@ -124,7 +123,7 @@ class RunDirectory:
             raise ValueError(
                 f"{owner}: the directory holds {state}; continue it with --resume, or choose another with --out."
             )
-        changed = differences(asdict(load_recipe(self.recipe_file)), asdict(recipe))
+        changed = differences(load_recipe(self.recipe_file), recipe)
         if changed:
             raise ValueError(
                 f"{owner}: cannot resume, the run there has {'; '.join(changed)}; "
@@ -199,6 +198,11 @@ def comparison_file(folder: Path) -> Path:
     return folder / "comparison.json"
 
 
+def names_in(folder: Path) -> set[str]:
+    """What lies in a folder, without what a kill has left of a file."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".partial"}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object.
 
@@ -224,20 +228,21 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def _objects(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
     try:
         found = json.loads(f"[{','.join(texts)}]")  # at once: trajectories have many lines
     except json.JSONDecodeError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     if len(found) != len(texts) or not all(isinstance(each, dict) for each in found):
-        raise _damaged(path, "expected JSON objects")
+        raise damaged(path, "expected JSON objects")
     return found  # type: ignore[no-any-return]
 
 
-def _damaged(path: Path, why: object) -> ValueError:
+def damaged(path: Path, why: object) -> ValueError:
+    """What to raise where a file is not what a run writes."""
     return ValueError(f"{str(path)!r} is damaged ({why}); delete the run or the comparison, and make it again.")
 
 
@@ -275,12 +280,23 @@ def versions() -> dict[str, Any]:
     }
 
 
-def differences(before: object, now: object, key: str = "") -> list[str]:
-    """Where two trees of settings differ, as "train.epochs=3, not 4"."""
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """Where two recipes differ, as "train.epochs=3, not 4"."""
+    return _differences(_as_read(asdict(before)), _as_read(asdict(now)))
+
+
+def _as_read(value: Any) -> Any:
+    """A tree of settings as it comes back from TOML, which has no tuples."""
+    if isinstance(value, Mapping):
+        return {key: _as_read(member) for key, member in value.items()}
+    return [_as_read(member) for member in value] if isinstance(value, list | tuple) else value
+
+
+def _differences(before: object, now: object, key: str = "") -> list[str]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         prefix = f"{key}." if key else ""
         names = [*before, *(name for name in now if name not in before)]
-        found = [line for name in names for line in differences(before.get(name), now.get(name), f"{prefix}{name}")]
+        found = [line for name in names for line in _differences(before.get(name), now.get(name), f"{prefix}{name}")]
         if key == _IN_ORDER and not found and list(before) != list(now):
             found = [f"{key} in the order {', '.join(map(repr, before))}, not {', '.join(map(repr, now))}"]
         return found

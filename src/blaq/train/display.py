@@ -32,7 +32,7 @@ class Display(Callback):
 
     def say(self, text: str) -> None:
         """Print a line of plain text."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def detail(self, text: str) -> None:
         """Print a line that belongs to the details."""
@@ -54,7 +54,7 @@ class Display(Callback):
         if self.console.quiet or not self.console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:3.0f} %"),
             TextColumn("{task.fields[numbers]}"),

@@ -3,9 +3,11 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from urllib.parse import quote
 
+from blaq.grids import Grid
 from blaq.train import toml
 from blaq.train.config import METHODS, Recipe
 from blaq.train.sweep import Job
@@ -81,8 +83,8 @@ def _plain(number: Decimal) -> str:
 def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Iterable[int]) -> list[Job]:
     """A run for every combination of values and every seed.
 
-    A setting that a combination's method does not read is left out of it; combinations that come to the same are one
-    run. ``optim.a=1`` is run for every period all the same: its weights are LAQ's, its cost is not.
+    A setting that a combination's method does not read is left out of it; combinations that come to the same by that are
+    one run. ``optim.a=1`` is run for every period all the same: its weights are LAQ's, its cost is not.
 
     Raises:
         ValueError: an unknown key or value, values that do not fit together, a setting that no combination reads.
@@ -101,9 +103,9 @@ def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Itera
     for key in sets:
         if all(not dict(settings)[key] for settings in found):
             next(iter(found.values())).with_([f"{key}={sets[key][0]}"])  # says which methods read it
-    if len({variant.to_toml() for variant in found.values()}) < len(found):
+    if len({_identity(variant) for variant in found.values()}) < len(found):
         raise ValueError("--set: two combinations are the same run; name each value once, in one form.")
-    names = _short_names(sets)
+    names = {key: quote(name, safe="") for key, name in short_names(sets).items()}
     return [
         Job(
             name="-".join([*(f"{names[key]}{quote(value, safe='')}" for key, value in settings if value), f"s{seed}"]),
@@ -113,6 +115,12 @@ def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Itera
         for settings, variant in found.items()
         for seed in seeds
     ]
+
+
+def _identity(recipe: Recipe) -> str:
+    """The same text for recipes of the same run: a grid has several names."""
+    optim = recipe.optim
+    return replace(recipe, optim=replace(optim, bits=Grid.parse(optim.bits).name)).to_toml()
 
 
 def unquoted(key: str, value: str) -> str:
@@ -127,8 +135,14 @@ def _ignored(key: str, ignores: frozenset[str]) -> bool:
     return section == "optim" and setting in ignores
 
 
-def _short_names(sets: Mapping[str, object]) -> dict[str, str]:
-    """The last part of each key, where that is enough to tell them apart, for names of directories."""
-    last = {key: key.rpartition(".")[2] for key in sets}
-    short = last if len(set(last.values())) == len(last) else {key: key for key in sets}
-    return {key: quote(name, safe="") for key, name in short.items()}
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each key, where that is enough to tell them apart; else the whole keys.
+
+    Example:
+        >>> short_names(["optim.a", "optim.lr"])
+        {'optim.a': 'a', 'optim.lr': 'lr'}
+        >>> short_names(["optim.rules.fc1.bits", "optim.rules.fc2.bits"])
+        {'optim.rules.fc1.bits': 'optim.rules.fc1.bits', 'optim.rules.fc2.bits': 'optim.rules.fc2.bits'}
+    """
+    short = {key: key.rpartition(".")[2] for key in keys}
+    return short if len(set(short.values())) == len(short) else {key: key for key in short}

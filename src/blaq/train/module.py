@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from typing_extensions import override
 
@@ -140,11 +141,11 @@ class TaskModule(LightningModule):
         """Refuse a network that does not fit the data, before any training.
 
         Raises:
-            ValueError: it takes inputs of another shape, or has fewer outputs than there are classes; or no step would have
-                the trial that the method is for.
+            ValueError: it takes inputs of another shape, has outputs of another, or fewer than there are classes; it cannot
+                train on mini-batches of one example; or no step would have the trial that the method is for.
         """
         owner = f"model.options of {self.recipe.model.name!r}"
-        inputs, _ = next(iter(self.evaluation_batches(self.dataset.validation)))
+        inputs, targets = next(iter(self.evaluation_batches(self.dataset.validation)))
         self.model.eval()
         try:
             with torch.no_grad():
@@ -156,11 +157,18 @@ class TaskModule(LightningModule):
             ) from error
         finally:
             self.model.train()
+        if logits.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"{owner}: outputs of shape {tuple(logits.shape)} for {len(inputs)} examples of {self.dataset.name}, expected "
+                f"{(*targets.shape, self.dataset.classes)}; choose another model.name."
+            )
         if logits.shape[-1] < self.dataset.classes:
             raise ValueError(
                 f"{owner}: {logits.shape[-1]} outputs, but {self.dataset.name} has {self.dataset.classes} classes; "
                 f"set model.options.classes={self.dataset.classes}."
             )
+        if 1 in (self.training_batches.batch_size, len(self.dataset.train)):
+            self._check_single(inputs[:1])
         optim, steps = self.recipe.optim, len(self.training_batches)
 
         def has_trial(epoch: int) -> bool:
@@ -172,6 +180,20 @@ class TaskModule(LightningModule):
                 f"optim.trial_every={optim.trial_every}, optim.period={optim.period}: no step of the run would have a trial, "
                 f"for an epoch has {steps} steps; set either lower, or optim.method=laq."
             )
+
+    def _check_single(self, example: Tensor) -> None:
+        """Refuse mini-batches of one example where BatchNorm finds a single value a channel in them."""
+        buffers = {
+            name: buffer.clone() for name, buffer in self.model.named_buffers()
+        }  # its statistics stay as they are
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                functional_call(self.model, buffers, (example,))
+        except ValueError as error:
+            raise ValueError(
+                f"data.batch_size={self.recipe.data.batch_size}, data.train={len(self.dataset.train)}: the network cannot "
+                f"train on mini-batches of a single example ({error}); set both to at least 2."
+            ) from error
 
     @override
     def configure_optimizers(self) -> Any:

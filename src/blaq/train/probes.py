@@ -15,7 +15,7 @@ from blaq.train.directory import RunDirectory, append_rows, read_rows, write_row
 from blaq.train.module import TaskModule
 from blaq.zigzag import ZigZag
 
-LARGEST = 2000  # probes whose trajectories are kept
+LARGEST = 2000  # probes whose trajectories are kept; a multiple of 4, so that the pair which doubles the stride is kept
 SEED = 0  # of the choice of weights: the same in every run, so that runs can be laid side by side
 
 
@@ -96,9 +96,9 @@ class Probes(Callback):
 class Trajectories:
     """Follows a few weights of every layer: what they are after a probed step, latent and held.
 
-    Kept are the probes 0, s, 2s, ... with the smallest power of two s that leaves at most `LARGEST` of them; so the file
-    follows from the probes that were, whatever interrupted the run. Recording leaves the values on the device; `flush`
-    fetches them all at once.
+    Kept are the pairs 0, s, 2s, ... of successive probes, with the smallest power of two s that leaves at most `LARGEST`
+    probes: a weight that goes to and fro at every probe is seen to do so. The file follows from the probes that were,
+    whatever interrupted the run. Recording leaves the values on the device; `flush` fetches them all at once.
 
     Args:
         path: the file.
@@ -121,7 +121,7 @@ class Trajectories:
     @torch.no_grad()
     def record(self, step: int, *, trial: bool) -> None:
         """Take up the weights after a step: latent, held and scale, layer by layer in one tensor."""
-        if (step // self.every - 1) % self._stride_at(step):
+        if self._pair(step) % self._stride_at(step):
             return
         seen: list[Tensor] = []
         for name, p in self.layers.items():
@@ -154,14 +154,18 @@ class Trajectories:
             append_rows(self.path, rows)
         else:
             self._stride = stride
-            kept = [row for row in [*read_rows(self.path), *rows] if (row["step"] // self.every - 1) % stride == 0]
+            kept = [row for row in [*read_rows(self.path), *rows] if self._pair(row["step"]) % stride == 0]
             write_rows(self.path, kept)
 
     def _stride_at(self, step: int) -> int:
-        probe, stride = step // self.every - 1, 1
-        while probe // stride + 1 > LARGEST:
+        stride = 1
+        while 2 * (self._pair(step) // stride + 1) > LARGEST:
             stride *= 2
         return stride
+
+    def _pair(self, step: int) -> int:
+        """The pair that the probe of a step is in."""
+        return (step // self.every - 1) // 2
 
 
 def truncate(directory: RunDirectory, epochs: int, steps: int) -> None:

@@ -99,7 +99,7 @@ def train(
     Raises:
         ValueError: the directory holds a run and `resume` is False, or a run of another recipe, or one that another
             process is training; settings that do not fit together or diverge.
-        KeyboardInterrupt: on Ctrl-C; the directory can be resumed.
+        KeyboardInterrupt: on Ctrl-C, SystemExit with status 143 on SIGTERM; the directory can be resumed.
     """
     directory = RunDirectory(Path(out))
     display = display or Display(Console(quiet=not progress))
@@ -140,15 +140,16 @@ def read_result(directory: RunDirectory) -> Result:
 def evaluate(
     run: Path, *, checkpoint: Checkpoint = "best", split: Literal["validation", "test"] = "test"
 ) -> Evaluation:
-    """Loss and error of a run's checkpoint on its validation or test data.
+    """Loss and error of a run's checkpoint on its validation or test data; torch's random state is left alone.
 
     Raises:
         ValueError: no run there, or none whose first epoch has ended.
-        KeyboardInterrupt: on Ctrl-C.
+        KeyboardInterrupt: on Ctrl-C; SystemExit with status 143 on SIGTERM.
     """
     directory, recipe = open_run(run)
     directory.existing(checkpoint)
-    with _settings(recipe.train.threads):
+    devices = range(torch.cuda.device_count())  # a module seeds them all
+    with _settings(recipe.train.threads), torch.random.fork_rng(devices):
         return _evaluate(TaskModule(recipe, load_data(recipe.data)), directory, checkpoint, split)
 
 
@@ -168,9 +169,9 @@ def load_data(data: DataConfig) -> Dataset:
 def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journal:
     last = directory.checkpoint("last")
     resumed = last.exists()
-    epochs, steps = _progress(directory) if resumed else (0, None)
+    epochs, steps = _progress(directory) if resumed else (0, 0)
     directory.truncate_metrics(epochs)
-    probes.truncate(directory, epochs, steps or 0)
+    probes.truncate(directory, epochs, steps)
     if resumed:
         display.detail(f"Resumed after epoch {epochs} of {module.recipe.train.epochs}.")
     journal = Journal(directory, display)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from blaq.train.config import Recipe
+from blaq.train.grid import short_names
 from blaq.train.run import Result
 from blaq.train.statistics import Difference, Sample, bounds, paired
 from blaq.train.sweep import Run
@@ -44,17 +45,20 @@ class Setting:
     Attributes:
         values: what tells it from the others, as text.
         runs: the finished ones.
+        seeds: those that it was to be run with; runs that failed or are not finished lack.
     """
 
     values: Mapping[str, str]
     runs: tuple[Run, ...]
+    seeds: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        """The method of a comparison; in an ablation the settings, by the last part of their keys."""
+        """The method of a comparison; in an ablation the settings."""
         if "method" in self.values:
             return self.values["method"]
-        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items() if value)
+        names = short_names(self.values)
+        return ", ".join(f"{names[key]}={value}" for key, value in self.values.items() if value)
 
     def sample(self, field: str) -> Sample:
         """A field of `Result` over the seeds."""
@@ -72,13 +76,14 @@ class Setting:
         return max((run.result.peak_memory for run in self.runs if run.result.peak_memory is not None), default=None)
 
     def to_reach(self, target: float, cost: Cost) -> Sample | None:
-        """What the runs had spent when their training loss was first at the target; None if not all of them got there.
+        """What the runs had spent when their training loss was first at the target; None if not every seed got there.
 
         Losses are known an epoch at a time, each the mean over the steps of that epoch.
         """
-        spent = [reached(run, target) for run in self.runs]
-        rows = [row for row in spent if row is not None]
-        return Sample(tuple(row[cost] for row in rows)) if rows and len(rows) == len(spent) else None
+        spent = {run.result.seed: reached(run, target) for run in self.runs}
+        rows = [row for row in spent.values() if row is not None]
+        every = len(rows) == len(self.runs) and spent.keys() >= set(self.seeds)
+        return Sample(tuple(row[cost] for row in rows)) if rows and every else None
 
 
 def reached(run: Run, target: float) -> Mapping[str, Any] | None:
@@ -86,12 +91,12 @@ def reached(run: Run, target: float) -> Mapping[str, Any] | None:
     return next((row for row in run.metrics if row["train_loss"] <= target), None)
 
 
-def settings_of(runs: Sequence[Run]) -> list[Setting]:
-    """The settings with a finished run, in the order of their first."""
+def settings_of(runs: Sequence[Run], seeds: Sequence[int] = ()) -> list[Setting]:
+    """The settings with a finished run, in the order of their first; each was to be run with these seeds."""
     together: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         together.setdefault(tuple(run.settings.items()), []).append(run)
-    return [Setting(dict(values), tuple(members)) for values, members in together.items()]
+    return [Setting(dict(values), tuple(members), tuple(seeds)) for values, members in together.items()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

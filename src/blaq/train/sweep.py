@@ -1,26 +1,31 @@
 """Many runs: several side by side, finished ones not repeated, a failing one reported and the others kept."""
 
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from blaq.train.board import Board
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import RunDirectory, comparison_file, differences, read_json, write_atomically
+from blaq.train.directory import (
+    RunDirectory,
+    comparison_file,
+    differences,
+    names_in,
+    open_run,
+    read_json,
+    write_atomically,
+)
 from blaq.train.executors import ExecutorName, Handle, cores, open_executor
+from blaq.train.interrupts import terminable
 from blaq.train.run import Result, read_result
 
 POLL_SECONDS = 0.2
-EXIT_TERMINATED = 143
 _OWN = {"runs", "tuning"}  # folders of a sweep
 
 
@@ -79,7 +84,8 @@ class Sweeper:
         Args:
             jobs: the runs, each with a name of its own.
             folder: where their directories are.
-            finished: called with what there is whenever a run has ended, once one of them has ended well.
+            finished: called with what there is when all have been looked at, and whenever a run has ended, once one of
+                them has ended well.
 
         Raises:
             KeyboardInterrupt: on Ctrl-C; SystemExit on SIGTERM. No process is left, and a repeated call continues.
@@ -94,7 +100,7 @@ class Sweeper:
         def outcome() -> Outcome:
             return Outcome(tuple(runs[job.name] for job in jobs if job.name in runs), dict(failures))
 
-        def end(job: Job, failure: str | None) -> None:
+        def note(job: Job, failure: str | None) -> None:
             directory = RunDirectory(folder / job.name)
             if failure is None:
                 try:
@@ -107,19 +113,26 @@ class Sweeper:
             else:
                 failures[job.name] = failure
                 board.ended(job.name, f"failed: {failure}")
+
+        def tell() -> None:
             if runs:
                 finished(outcome())
+
+        def end(job: Job, failure: str | None) -> None:
+            note(job, failure)
+            tell()
 
         for job in jobs:
             try:
                 done = _begin(job, folder, self.threads(job.recipe))
             except (ValueError, OSError) as error:
-                end(job, str(error))
+                note(job, str(error))
             else:
                 if done:
-                    end(job, None)
+                    note(job, None)
                 else:
                     waiting.append(job)
+        tell()
         if waiting:
             self._work(waiting, folder, board, end)
         return outcome()
@@ -127,7 +140,7 @@ class Sweeper:
     def _work(self, waiting: list[Job], folder: Path, board: Board, end: Callable[[Job, str | None], None]) -> None:
         running: dict[str, tuple[Job, Handle]] = {}
         threads = max(job.recipe.train.threads or 1 for job in waiting)
-        with _terminable(), open_executor(self.executor, self.workers, threads) as executor, board:
+        with terminable(), open_executor(self.executor, self.workers, threads) as executor, board:
             try:
                 while waiting or running:
                     while waiting and len(running) < executor.slots:
@@ -164,44 +177,32 @@ def _begin(job: Job, folder: Path, threads: int) -> bool:
     return directory.finished
 
 
-def _with_threads(recipe: Recipe, threads: int) -> Recipe:
+def _with_threads(recipe: Recipe, threads: int | None) -> Recipe:
     return replace(recipe, train=replace(recipe.train, threads=threads))
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end this process as an exception does, so that the processes it has started end with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(EXIT_TERMINATED)
-
-    handler = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _names(folder: Path) -> set[str]:
-    """What lies in a folder, without what a kill has left of a file."""
-    return {path.name for path in folder.iterdir() if path.suffix != ".partial"}
-
-
-def claim(folder: Path, recipe: Recipe, design: Mapping[str, Any]) -> None:
+def claim(
+    folder: Path, recipe: Recipe, design: Mapping[str, Any], jobs: Mapping[str, Sequence[Job]], *, extend: bool = True
+) -> None:
     """Begin or continue a sweep in a folder: write comparison.json (the design) and recipe.toml (what all runs share).
 
+    Args:
+        folder: the directory of the sweep.
+        recipe: what all runs share.
+        design: what is run, for comparison.json.
+        jobs: the runs to be made, by the folder in the directory that they are in.
+        extend: whether the design takes the place of the one that is there.
+
     Raises:
-        ValueError: it holds a run, a sweep of another kind, recipe or budget, or something else.
+        ValueError: it holds a run, a sweep of another kind, recipe or budget, or something else; or one of the runs that
+            are there has other settings than its job: it could not go on, and the tables would lose it.
     """
     design_file, recipe_file = comparison_file(folder), folder / "recipe.toml"
     owner = f"{design['kind']}(out={str(folder)!r})"
     way_out = "choose another directory with --out."
     if recipe_file.exists() and not design_file.exists():
         raise ValueError(f"{owner}: the directory holds a run; {way_out}")
-    if not design_file.exists() and folder.exists() and (not folder.is_dir() or not _names(folder) <= _OWN):
+    if not design_file.exists() and folder.exists() and (not folder.is_dir() or not names_in(folder) <= _OWN):
         raise ValueError(f"{owner}: expected a new or empty directory, or one of a comparison; {way_out}")
     if design_file.exists():
         before = read_json(design_file)
@@ -210,8 +211,22 @@ def claim(folder: Path, recipe: Recipe, design: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{owner}: its runs are of {key} {before.get(key)!r}, not {design.get(key)!r}; {way_out}"
                 )
-    if recipe_file.exists() and (changed := differences(asdict(load_recipe(recipe_file)), asdict(recipe))):
+    if recipe_file.exists() and (changed := differences(load_recipe(recipe_file), recipe)):
         raise ValueError(f"{owner}: its runs have {'; '.join(changed)}; keep the recipe's settings, or {way_out}")
+    for part, its_jobs in jobs.items():
+        for job in its_jobs:
+            if changed := _changes(folder / part / job.name, job.recipe):
+                raise ValueError(f"{owner}: its run {job.name} has {'; '.join(changed)}; {way_out}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(design_file, json.dumps(design, indent=2) + "\n")
+    if extend or not design_file.exists():
+        write_atomically(design_file, json.dumps(design, indent=2) + "\n")
     write_atomically(recipe_file, recipe.to_toml())
+
+
+def _changes(run: Path, recipe: Recipe) -> list[str]:
+    """In what a run that has been begun differs from a recipe, but for its threads, which it keeps."""
+    try:
+        _, begun = open_run(run)
+    except ValueError:  # none yet, or a damaged one: it fails by itself
+        return []
+    return differences(_with_threads(begun, None), _with_threads(recipe, None))

@@ -9,10 +9,12 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from blaq.optim.plan import size
 from blaq.train.config import Recipe
 from blaq.train.directory import write_atomically
+from blaq.train.grid import short_names
 from blaq.train.summary import COSTS, Group, Measure, Setting, rows_of
 from blaq.train.sweep import Outcome
 
@@ -88,13 +90,14 @@ def rich_tables(groups: Sequence[Group], recipe: Recipe) -> list[Table]:
 
 
 def _rich(columns: Columns, headline: str) -> Table:
-    table = Table(title=headline, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Text: titles and settings are the user's, and may hold brackets.
+    table = Table(title=Text(headline, style="table.title"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, (name, cells) in enumerate(columns.items()):
         narrow = max(map(len, cells)) < len(name)
         title = name.replace(" ", "\n", 1) if narrow else name
-        table.add_column(title, justify="right" if index else "left", no_wrap=True)
+        table.add_column(Text(title), justify="right" if index else "left", no_wrap=True)
     for line in zip(*columns.values(), strict=True):
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     return table
 
 
@@ -140,14 +143,8 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _labels(settings: Sequence[Setting]) -> dict[str, list[str]]:
     """What tells the settings apart, under the last part of the keys where that is enough."""
-    names = dict.fromkeys(name for setting in settings for name in setting.values)
-    short = {name.rpartition(".")[2] for name in names}
-    return {
-        name.rpartition(".")[2] if len(short) == len(names) else name: [
-            setting.values.get(name, "") for setting in settings
-        ]
-        for name in names
-    }
+    names = short_names(name for setting in settings for name in setting.values)
+    return {short: [setting.values.get(name, "") for setting in settings] for name, short in names.items()}
 
 
 def _count(setting: Setting, field: str) -> str:

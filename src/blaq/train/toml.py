@@ -79,7 +79,7 @@ def override(schema: type, tree: Tree, overrides: Iterable[str]) -> Tree:
 def split_override(schema: type, text: str) -> tuple[list[str], Any]:
     """Keys and value of ``key=value``: below a table of free keys the rest of the key is one key, dots and all.
 
-    The value is TOML; what is not TOML is text.
+    The value is TOML, or a number without a digit before or after its point, as in .5; what is neither is text.
 
     Raises:
         ValueError: no ``=``, or the key of a section.
@@ -100,7 +100,8 @@ def split_override(schema: type, text: str) -> tuple[list[str], Any]:
     try:
         table = tomllib.loads(f"value = {written}")
     except tomllib.TOMLDecodeError:
-        table = {}
+        number = re.fullmatch(r"\s*[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?\s*", written, re.ASCII | re.IGNORECASE)
+        table = {"value": float(written)} if number else {}
     return keys, table["value"] if len(table) == 1 else written.strip()
 
 
@@ -227,9 +228,9 @@ class _Check:
         return {key: self.value(hints[key], value, (*at, key)) for key, value in table.items()}
 
     def value(self, hint: Any, value: Any, at: tuple[str, ...]) -> Any:
+        if value == "none" and NoneType in _members(hint):
+            return None  # before the others: text would take it for a text
         for member in _members(hint):
-            if member is NoneType and value == "none":
-                return None
             if not _accepts(member, value):
                 continue
             if is_dataclass(member):

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from blaq.train.config import Recipe
 from blaq.train.sweep import Job, Run, Sweeper
-from blaq.train.tables import write_csv
 
 # Seeds of tuning runs begin here above the recipe's, so that none of them is counted afterwards.
 FIRST_SEED = 10_000
@@ -50,14 +49,9 @@ class Tuning:
         return table
 
 
-def tune(variants: Mapping[str, Recipe], rates: Sequence[float], seeds: int, out: Path, sweeper: Sweeper) -> Tuning:
-    """Run each variant with each rate and choose; the runs stay in ``out/tuning``, the table in ``out/tuning.csv``.
-
-    The rate chosen has the lowest mean over the seeds of a run's lowest validation error; of equal ones the lower mean of
-    the lowest validation loss, then the earlier in the grid. For text it is the lowest validation loss alone. Test data
-    play no part: only metrics.jsonl is read, which has none.
-    """
-    jobs = [
+def tuning_jobs(variants: Mapping[str, Recipe], rates: Sequence[float], seeds: int) -> list[Job]:
+    """The runs of the choice: each variant with each rate and seed."""
+    return [
         Job(
             name=f"{name}-lr{rate:g}-s{seed}",
             recipe=replace(variant, optim=replace(variant.optim, lr=rate), train=replace(variant.train, seed=seed)),
@@ -67,15 +61,24 @@ def tune(variants: Mapping[str, Recipe], rates: Sequence[float], seeds: int, out
         for rate in rates
         for seed in (variant.train.seed + FIRST_SEED + number for number in range(seeds))
     ]
+
+
+def tune(variants: Mapping[str, Recipe], rates: Sequence[float], seeds: int, folder: Path, sweeper: Sweeper) -> Tuning:
+    """Run each variant with each rate, in ``folder/<name>``, and choose.
+
+    The rate chosen has the lowest mean over the seeds of a run's lowest validation error; of equal ones the lower mean of
+    the lowest validation loss, then the earlier in the grid. For text it is the lowest validation loss alone. Test data
+    play no part: only metrics.jsonl is read, which has none.
+    """
+    jobs = tuning_jobs(variants, rates, seeds)
     sweeper.console.print(f"Tuning: {len(jobs)} runs", highlight=False)
-    outcome = sweeper.run(jobs, out / "tuning")
+    outcome = sweeper.run(jobs, folder)
     text = any(variant.data.sequence is not None for variant in variants.values())
     tuning = choose(variants, rates, seeds, outcome.runs, outcome.failures, by_loss=text)
-    write_csv(out / "tuning.csv", tuning.rows)
     sweeper.console.print(tuning.table())
     if edge := tuning.at_the_edge():
         text_ = f"At the edge of the grid, so a better rate may lie outside: {', '.join(edge)}."
-        sweeper.console.print(text_, markup=False, highlight=False, soft_wrap=True)
+        sweeper.console.print(text_, markup=False, emoji=False, highlight=False, soft_wrap=True)
     return tuning
 
 
