@@ -625,7 +625,7 @@ def test_nothing_given_is_changed_or_kept(solver: str) -> None:
 # -------------------------------------------------------------------------------------------------- the specification
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS, "alternating from a start"])
+@pytest.mark.parametrize("solver", [*SOLVERS, "alternating from a start", "alternating from a start far too large"])
 @pytest.mark.parametrize("name", GRIDS)
 def test_equals_the_reference(name: str, solver: str) -> None:
     grid = blaq.Grid.parse(name)
@@ -634,8 +634,9 @@ def test_equals_the_reference(name: str, solver: str) -> None:
         w, d = random_weights(4, n, seed=n)
         w *= torch.logspace(-3, 1, 4, dtype=torch.float64)[:, None]
         start = None
-        if solver == "alternating from a start":
+        if "start" in solver:
             start = (w.abs().mean(1, keepdim=True) / grid.largest).float().expand(4, grid.scales) * 1.5
+            start = start * 1e6 if "large" in solver else start
         q = blaq.project(w, d, grid, granularity="channel", solver=solver.split()[0], start=start)
         for row in range(4):
             alphas, chosen = reference.project_row(

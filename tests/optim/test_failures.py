@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import blaq
-from blaq.optim import running, update
+from blaq.optim import finite, running, update
 
 Check = Callable[..., None]
 NewTask = Callable[..., Any]
@@ -36,6 +36,33 @@ def test_a_gradient_that_is_not_finite(when: str, value: float, new_task: NewTas
     assert_identical(before, task.everything())
     assert_identical(left, {p: p.grad for p in task.model.parameters()})
     assert_identical(expected, task.train([4, 5]).everything())  # as if the bad batch had not been
+
+
+@pytest.mark.parametrize("place", [0, 41])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("layout", ["float32", "bfloat16", "channels last", "transposed"])
+def test_a_bad_gradient_of_every_size_and_layout(
+    layout: str, large: bool, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones are looked at together, large ones one by one."""
+    if large:
+        monkeypatch.setattr(finite, "_LARGE", 2)
+    dtype = torch.bfloat16 if layout == "bfloat16" else torch.float32
+    p, q = (nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2, 3, 7, 1), (6, 7)))
+    opt = blaq.LAQ([{"params": [p], "grid": "binary"}, {"params": [q]}])
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    for bad in (p, q):
+        gradient = torch.ones_like(bad).flatten()
+        gradient[place] = torch.inf
+        if layout == "transposed":
+            gradient = gradient.view(bad.shape[::-1]).permute(*range(bad.ndim)[::-1])
+        gradient = gradient.view(bad.shape) if gradient.ndim == 1 else gradient
+        last = layout == "channels last" and bad.ndim == 4
+        good, bad.grad = bad.grad, gradient.contiguous(memory_format=torch.channels_last) if last else gradient
+        with pytest.raises(ValueError, match=r"the gradient of '.*' is NaN"):
+            opt.step()
+        bad.grad = good
+    opt.step()
 
 
 @pytest.mark.parametrize("mode", ["none", "past", "delayed"])

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import blaq
+from blaq import projection, solvers
 from blaq.grids import GRIDS
-from blaq.optim import compiled
+from blaq.optim import compiled, running
 from blaq.optim.reference import Parameter, ReferenceOptimizer
 
 STEPS = 50
@@ -122,6 +123,19 @@ def run(
 @pytest.mark.parametrize("granularity", GRANULARITIES.values(), ids=GRANULARITIES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_equals_the_reference(grid: str, granularity: str | int, mode: dict[str, object]) -> None:
+    for solver in ("exact", "alternating"):
+        run(grid, granularity, solver, mode)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("granularity", GRANULARITIES.values(), ids=GRANULARITIES)
+@pytest.mark.parametrize("grid", ["binary", "ternary2", "log3"])
+def test_large_tensors_equal_the_reference(
+    grid: str, granularity: str | int, mode: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are gone over some entries at a time."""
+    for module in (projection, solvers, running):
+        monkeypatch.setattr(module, "_BLOCK", 2)
     for solver in ("exact", "alternating"):
         run(grid, granularity, solver, mode)
 

@@ -35,7 +35,8 @@ class Custom(nn.Module):
             "inference": inference,  # as it does here
             "not a number": torch.full((2,), float("nan")),
         }
-        self.register_buffer("buffer", start[kind], persistent=kind != "replaced")
+        if kind != "registered":
+            self.register_buffer("buffer", start[kind], persistent=kind != "replaced")
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
@@ -52,10 +53,23 @@ class Custom(nn.Module):
             self.buffer = mean if self.buffer is None else self.buffer + mean
         elif self.kind == "counted":
             self.buffer += 1
+        elif self.kind == "registered":
+            self.register_buffer(f"after_{len(self._buffers)}", mean)
         return y
 
 
-KINDS = ["written", "replaced", "resized", "dropped", "made", "counted", "expanded", "inference", "not a number"]
+KINDS = [
+    "written",
+    "replaced",
+    "resized",
+    "dropped",
+    "made",
+    "registered",
+    "counted",
+    "expanded",
+    "inference",
+    "not a number",
+]
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm": lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)),
     "cumulative BatchNorm": lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=None)),
