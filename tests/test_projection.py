@@ -672,6 +672,18 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "negative group": ({"granularity": -3}, r"project\(granularity=-3\): expected"),
     "unknown granularity": ({"granularity": "row"}, r"project\(granularity='row'\): expected 'tensor', 'channel' or"),
     "unknown solver": ({"solver": "fast"}, r"project\(solver='fast'\): expected 'exact' or 'alternating'"),
+    "start of another shape": (
+        {"solver": "alternating", "start": torch.ones(2, 3)},
+        r"project\(start=\(2, 3\)\): expected scales of shape \(\d, \d\), or None",
+    ),
+    "negative start": (
+        {"solver": "alternating", "start": torch.tensor([[-1.0]])},
+        r"project\(start\): expected finite scales >= 0",
+    ),
+    "values beyond the dtype": (
+        {"weight": torch.tensor([65504.0, 24000.0], dtype=torch.float16), "grid": "midrise2"},
+        r"quantized values beyond float32 or this dtype",
+    ),
     "start without use": (
         {"start": torch.ones(1, 1)},
         r"project\(solver='exact', start=.*\): only solver='alternating'",

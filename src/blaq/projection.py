@@ -14,7 +14,6 @@ from blaq.exact import exact
 from blaq.grids import Grid
 from blaq.solvers import alternating, blocks, nearest, sides
 
-GRANULARITIES = ("tensor", "channel")
 SOLVERS = ("exact", "alternating")
 _BLOCK = 2**18  # entries that are written at once
 WITHOUT_FLOAT64 = ("mps",)  # devices that cannot add up in float64: the CPU does it for them

@@ -127,14 +127,6 @@ def test_a_layer_in_float_has_no_thresholds_to_be_drawn_around(tmp_path: Path, w
     assert read_trajectories(read_run(path)) == {}
 
 
-def test_a_grid_with_two_scales_takes_that_of_the_weights_side(tmp_path: Path, write_run: WriteRun) -> None:
-    path = write_run(tmp_path / "run")
-    line = {"step": 1, "layer": "fc1.weight", "index": [0, 1, 2], "latent": [-1.0, 2.0, 0.0], "value": [-0.5, 0.7, 0.0],
-            "scale": [[0.5, 0.7]] * 3, "trial": False}  # fmt: skip
-    (path / "trajectories.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_trajectories(read_run(path))["fc1.weight"].scale.tolist() == [[0.5, 0.7, 0.7]]
-
-
 def test_a_measure_without_a_value_is_nan(tmp_path: Path, write_run: WriteRun) -> None:
     run = read_run(
         write_run(tmp_path / "run", epochs=6, zigzag_rate=0.1, gradient_error=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])

@@ -43,6 +43,11 @@ def test_without_spread_there_is_no_interval_and_no_verdict(values: tuple[float,
     assert "±" not in difference.show(2)
 
 
+def test_a_small_spread_is_a_spread() -> None:
+    assert not math.isnan(Difference((1.0, 1.00001)).half_width)
+    assert math.isnan(Difference((0.3 - 0.1, 0.2)).half_width)  # which differ by rounding alone
+
+
 def test_pairs_are_those_of_the_same_seed() -> None:
     assert paired({3: 1.0, 1: 5.0, 7: 2.0}, {7: 0.5, 2: 9.0, 3: 4.0}) == Difference((-3.0, 1.5))
     assert paired({1: 1.0}, {2: 1.0}) is None

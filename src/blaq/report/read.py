@@ -183,8 +183,6 @@ def _trajectory(rows: Rows) -> Trajectory:
     latent = np.array([row["latent"] for row in rows], dtype=float)
     scale = np.array([row["scale"] for row in rows], dtype=float)
     value = np.array([row["value"] for row in rows], dtype=float)
-    if scale.ndim == 3:  # two scales a row: negative, positive
-        scale = np.where(latent < 0, scale[..., 0], scale[..., 1])
     if latent.ndim != 2 or not latent.shape == value.shape == scale.shape:
         raise ValueError("latent, value and scale of different lengths")
     return Trajectory(

@@ -11,7 +11,7 @@ _M_MMAP_THRESHOLD = -3
 _KEPT = 2**30  # bytes: what is free at the end of the heap is given back from here on
 _OWN_MAPPING = 2**28  # bytes: blocks from here on are given back at once
 
-_OF_THE_USER = (
+OF_THE_USER = (
     "GLIBC_TUNABLES",
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",
@@ -28,12 +28,11 @@ def keep_freed_memory() -> bool:
     as they are, and so are other systems and C libraries.
 
     Example:
-        >>> keep_freed_memory() in (True, False)
-        True
+        >>> kept = keep_freed_memory()
 
     Source: the manual page of mallopt(3).
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in _OF_THE_USER):
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in OF_THE_USER):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # musl
