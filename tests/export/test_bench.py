@@ -103,6 +103,33 @@ def test_random_inputs_have_the_batch_and_the_length() -> None:
 # --- the numbers --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_size_that_the_file_has_fixed_is_taken(suffix: str, tmp_path: Path) -> None:
+    model, export = mlp(), blaq.export_onnx if suffix == ".onnx" else blaq.export_openvino
+    opt, path = blaq.LAQ(blaq.param_groups(model, 2)), tmp_path / f"model{suffix}"
+    export(model, opt, torch.randn(3, 19), path, dynamic_shapes=(None,))
+    found = bench(path, rounds=1, memory=suffix == ".onnx")
+    assert [timing.batch for timing in found.timings] == [3]
+
+
+class Positions(nn.Module):
+    """As many positions as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions, self.out = nn.Embedding(9, 8), nn.Embedding(16, 8), nn.Linear(8, 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1])))
+        return logits
+
+
+def test_a_size_that_the_file_does_not_take_is_named(tmp_path: Path) -> None:
+    path = write(Positions(), torch.randint(9, (2, 5)), tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="does not take batches=1 with sequence=64; pass sizes that it takes"):
+        bench(path, rounds=1, memory=False)
+    assert bench(path, rounds=1, memory=False, sequence=16).timings
+
+
 @pytest.mark.parametrize(("threads", "clock"), [(1, "process_time"), (2, "perf_counter")])
 def test_interleaved_measures_each_function_by_the_right_clock(
     threads: int, clock: str, monkeypatch: pytest.MonkeyPatch

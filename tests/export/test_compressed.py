@@ -192,7 +192,7 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 4)).to(dtype)
     opt = blaq.LAQ(blaq.param_groups(model, 3), eps=1e-6)
     with pytest.raises(
-        ValueError, match=rf"'0\.weight' is {dtype}, expected float32; call model\.float\(\), then opt\.adopt"
+        ValueError, match=rf"'0\.weight' is {dtype}, expected float32; use --format packed, which holds"
     ):
         save_compressed(model, opt, tmp_path / "out")
     assert not list(tmp_path.iterdir())

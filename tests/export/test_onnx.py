@@ -236,12 +236,54 @@ class Unused(nn.Module):
         return y
 
 
+class RecurrentTokens(nn.Module):
+    """Torch unrolls a plain recurrence to the length that it is exported with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(9, 4), nn.RNN(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.rnn(self.embedding(x))[0]
+        return states
+
+
+class Branches(nn.Module):
+    """Decides by values: nothing that an option of the export could help."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return 2 * y if y.sum() > 0 else y
+
+
+class Counts(Unused):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        return self.other(self.fc(x)), len(x)
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, proj_size=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.lstm(x)[0]
+        return states
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
         (Unused(), {}, "'other.weight' is not in the exported graph"),
-        (Fixed(), {}, "torch cannot export this model: .* pass dynamic_shapes"),
-        (nn.Linear(4, 4).double(), {}, r"'weight' is torch.float64, expected float32; call model.float\(\)"),
+        (Fixed(), {}, r"the model itself fails with another batch size, inputs \(1, 4\): .* pass dynamic_shapes"),
+        (RecurrentTokens(), {}, "torch cannot export this model: .* pass dynamic_shapes"),
+        (Branches(), {}, r"torch cannot export this model: .*(?<!pass dynamic_shapes\.)$"),
+        (Counts(), {}, r"the model returns a number \(2\); expected tensors alone"),
+        (Projected(), {}, "'lstm' is an LSTM with proj_size=2.*--format packed"),
         (nn.Linear(4, 4), {"preset": "quick"}, r"preset='quick'\): expected 'exact' or 'fast'"),
         (nn.Linear(4, 4), {"path": "model.pt"}, "expected a name that ends in .onnx"),
         (nn.Linear(4, 4), {"path": "no/such/model.onnx"}, "there is no folder"),
@@ -249,7 +291,7 @@ class Unused(nn.Module):
 )
 def test_refused(model: nn.Module, arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     opt = blaq.LAQ(blaq.param_groups(model, 2))
-    x = torch.randn(2, 4, dtype=next(model.parameters()).dtype)
+    x = torch.ones(2, 4, dtype=torch.int64 if isinstance(model, RecurrentTokens) else torch.float32)
     path = tmp_path / arguments.pop("path", "model.onnx")
     with pytest.raises(ValueError, match=message):
         export_onnx(model, opt, x, path, **arguments)
@@ -301,7 +343,7 @@ def test_a_weight_under_two_names_is_taken_out_under_both() -> None:
     model = onnx_ir.from_proto(
         onnx.helper.make_model(onnx.helper.make_graph(nodes, "tied", values[:1], values[1:], constants))
     )
-    assert _claim(model.graph, weight) == "a"
+    assert _claim(model.graph, weight).name == "a"
     assert not model.graph.initializers
     assert [value.name for value in model.graph.inputs] == ["x", "a"]
     assert [node.inputs[1].name for node in model.graph] == ["a", "a"]

@@ -156,6 +156,18 @@ def test_tied_tensors_are_stored_once_and_loaded_under_all_names(tmp_path: Path)
     assert untied.head.weight is not untied.embedding.weight
 
 
+def test_a_compiled_model_has_the_names_of_the_model_itself(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    compiled: Any = torch.compile(model, backend="eager")
+    opt = blaq.LAQ(blaq.param_groups(compiled, 2))
+    save_packed(compiled, opt, tmp_path / "model.safetensors")
+    other: Any = torch.compile(nn.Sequential(nn.Linear(8, 4)), backend="eager")
+    assert load_packed(tmp_path / "model.safetensors", other) is other
+    plain = load_packed(tmp_path / "model.safetensors", nn.Sequential(nn.Linear(8, 4)))
+    for loaded in (plain, other._orig_mod):
+        assert torch.equal(loaded[0].weight, model[0].weight)
+
+
 def test_equal_models_make_equal_files(tmp_path: Path) -> None:
     for name in "ab":
         save_packed(*zoo(), tmp_path / name)

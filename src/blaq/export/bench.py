@@ -103,12 +103,13 @@ def bench(
         path: ``.onnx`` or ``.xml`` (OpenVINO).
         threads: of the runtime, at least 1.
         rounds: pairs of measurements at every batch size, at least 1.
-        batches: examples a call.
+        batches: examples a call, where the file has not fixed their number.
         sequence: tokens, where the length is free.
         memory: measure resident memory too, in two more processes.
 
     Raises:
-        ValueError: a file that no runtime computes from, or see `open_session`; an argument out of range.
+        ValueError: a file that no runtime computes from, or see `open_session`; an argument out of range, or one that the
+            file does not take.
         ImportError: the runtime is not installed.
 
     Example:
@@ -124,8 +125,9 @@ runtime does: `blaq export RUN --format onnx` or `--format openvino`.
         twin = write_float32(session, path, Path(folder))
         float32 = open_session(twin, threads=threads)
         timings = []
-        for batch in batches:
+        for batch in batches if session.batch is None else [session.batch]:
             inputs = random_inputs(inputs_of(path), batch, sequence)
+            _try(session, path, inputs, batch, sequence)
             timings.append(_time(session, float32, inputs, batch, rounds, threads))
         resident = resident_growth(path, threads, sequence) if memory else None
         resident_float32 = resident_growth(twin, threads, sequence) if memory else None
@@ -169,7 +171,8 @@ def random_inputs(takes: Sequence[Input], batch: int, sequence: int = SEQUENCE) 
     generator = np.random.default_rng(0)
     arrays: list[NDArray[Any]] = []
     for shape, dtype in takes:
-        sizes = [batch if axis == 0 else sequence if size is None else size for axis, size in enumerate(shape)]
+        free = [batch, *[sequence] * len(shape)]
+        sizes = [other if size is None else size for size, other in zip(shape, free, strict=False)]
         if np.issubdtype(dtype, np.floating):
             arrays.append(generator.standard_normal(sizes).astype(dtype))
         else:
@@ -201,6 +204,16 @@ def interleaved(
         times[0].append((first + last) / 2)
         times[1].append((then + again) / 2)
     return times
+
+
+def _try(session: Session, path: Path, inputs: tuple[NDArray[Any], ...], batch: int, sequence: int) -> None:
+    try:
+        session.run(*inputs)
+    except ValueError as error:
+        raise ValueError(
+            f"bench({str(path)!r}): the file does not take batches={batch} with sequence={sequence}; pass sizes that it takes, "
+            f"as a sequence no longer than its positions. {error}"
+        ) from error
 
 
 def _time(

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from blaq.export.container import dense_state, safetensors_torch
 from blaq.export.files import replacing
-from blaq.export.layers import QuantizedWeight, check_float32, quantized_weights, shipped, weights_of_run
+from blaq.export.layers import QuantizedWeight, plain, quantized_weights, shipped, weights_of_run
 from blaq.export.packing import pack
 from blaq.grids import MAX_BITS, Grid
 from blaq.optim.base import LatentOptimizer
@@ -48,6 +48,7 @@ def save_compressed(model: nn.Module, opt: LatentOptimizer, folder: str | Path) 
         ImportError: compressed-tensors is not installed.
         ValueError: a grid that the format cannot hold, nothing that it can pack, a folder that is there already.
     """
+    model = plain(model)
     with shipped(opt):
         _write(Path(folder), model, quantized_weights(model, opt))
 
@@ -64,7 +65,11 @@ def export_run(run: Path, out: Path, checkpoint: Literal["best", "last"] = "best
 
 
 def _write(folder: Path, model: nn.Module, weights: list[QuantizedWeight]) -> None:
-    check_float32(OWNER, weights)  # readers take the dtype of the scales for that of the weights
+    for weight in weights:
+        if weight.dtype != torch.float32:  # readers take the dtype of the scales for that of the weights
+            raise ValueError(
+                f"{OWNER}: {weight.name!r} is {weight.dtype}, expected float32; use --format packed, which holds every dtype."
+            )
     packable = _packable(model, weights)
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

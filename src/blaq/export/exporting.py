@@ -1,7 +1,7 @@
 """What the exports to a runtime share: what they accept, and that no file appears before the runtime has proved it."""
 
-import copy
 import importlib.util
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -10,15 +10,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils._pytree import tree_leaves
 
-from blaq.export.layers import quantized_weights, shipped, weights_of_run
+from blaq.export.layers import in_float32, plain, quantized_weights, shipped, weights_of_run
 from blaq.export.preprocessing import preprocessing
 from blaq.export.runtimes import Session
 from blaq.export.verify import Verification, evaluation_batches, verify_outputs, verify_session, verify_weights
 from blaq.optim.base import LatentOptimizer
 
 Inputs = tuple[Tensor, ...]
-ToGraph = Callable[..., Any]  # (model, weights, inputs, recipe=, data=) -> the runtime's graph
+ToGraph = Callable[..., Any]  # (model, weights, inputs, recipe=, data=, dynamic_shapes=) -> the runtime's graph
 Unverified = Callable[[Any, Path], AbstractContextManager[Session]]
 
 
@@ -29,17 +31,22 @@ def export_model(
     path: Path,
     to_graph: ToGraph,
     unverified: Unverified,
-    *,
-    resize: bool = True,
+    dynamic_shapes: Any = None,
 ) -> Path:
-    """Write a model of the user's, proved on the example inputs, and with `resize` on others of other sizes."""
+    """Write a model of the user's, proved on the example inputs, and on others of other sizes if the axes that may change
+    are left to us.
+    """
     inputs = tuple(x.detach().cpu() for x in as_tuple(example_inputs))
+    model = plain(model)
     with shipped(opt):
         weights = quantized_weights(model, opt)
-        model = copy.deepcopy(model).cpu().eval()
-    with unverified(to_graph(model, weights, inputs), path) as session:
+        model = in_float32(model, weights)
+    if any(weight.dtype != torch.float32 for weight in weights):
+        inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
+    others = {} if dynamic_shapes is not None else resized(inputs)
+    _check(model, inputs, others)
+    with unverified(to_graph(model, weights, inputs, dynamic_shapes=dynamic_shapes), path) as session:
         verify_weights(session, weights)
-        others = resized(inputs) if resize else {}
         verify_outputs(session, model, weights, [inputs, *others.values()])
     return path
 
@@ -77,6 +84,66 @@ def changing_axes(x: Tensor) -> list[int]:
         ([0, 1], [0])
     """
     return [0, 1] if x.ndim == 2 and not x.is_floating_point() else [0] if x.ndim else []
+
+
+def given_axes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> list[list[int]]:
+    """For every input the axes that may change, from what `torch.export.export` takes as ``dynamic_shapes``.
+
+    Example:
+        >>> tokens = torch.zeros(2, 5, dtype=torch.int64)
+        >>> given_axes(nn.Embedding(9, 4), (tokens,), None)
+        [[0, 1]]
+        >>> given_axes(nn.Embedding(9, 4), (tokens,), {"input": {0: Dim.DYNAMIC}})
+        [[0]]
+    """
+    if dynamic_shapes is None:
+        return [changing_axes(x) for x in inputs]
+    shapes = dynamic_shapes
+    if isinstance(shapes, dict):
+        names = inspect.signature(model.forward).bind(*inputs).arguments
+        shapes = tuple(shapes[name] for name in names if name in shapes)
+    shapes = tree_leaves(shapes, is_leaf=lambda each: each is None or _is_shape(each))
+    if len(shapes) != len(inputs) or not all(shape is None or _is_shape(shape) for shape in shapes):
+        raise ValueError(
+            f"export(dynamic_shapes={dynamic_shapes!r}): expected one entry for each input, {len(inputs)} in all, such as "
+            "{0: torch.export.Dim.DYNAMIC}, or None."
+        )
+    sizes = [dict(shape if isinstance(shape, dict) else enumerate(shape or ())) for shape in shapes]
+    fixed = None, Dim.STATIC
+    return [[axis for axis, size in each.items() if not isinstance(size, int) and size not in fixed] for each in sizes]
+
+
+def _is_shape(entry: Any) -> bool:
+    """Whether this says of one input how its axes change."""
+    if isinstance(entry, dict):
+        return all(isinstance(axis, int) for axis in entry)
+    return isinstance(entry, list | tuple) and not any(isinstance(size, dict | list | tuple) for size in entry)
+
+
+def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs]) -> None:
+    """Find out here what cannot be exported: the exporters say it less clearly, and some runtimes not before the end."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise ValueError(
+                f"export: {name!r} is an LSTM with proj_size={module.proj_size}, which no runtime's exporter takes; write a "
+                "packed file (blaq.save_packed, --format packed), which holds every module."
+            )
+    with torch.no_grad():
+        numbers = [y for y in tree_leaves(model(*inputs)) if isinstance(y, int | float)]
+    if numbers:
+        raise ValueError(f"export: the model returns a number ({numbers[0]}); expected tensors alone as outputs.")
+    for axis, inputs in others.items():
+        try:
+            with torch.no_grad():
+                model(*inputs)
+        except Exception as error:  # the model's own code
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"export: the model itself fails with another {axis} size, inputs {shapes}: {reason}. If that axis cannot "
+                "change, pass dynamic_shapes: ({0: torch.export.Dim.DYNAMIC},) if of one input the first alone can, (None,) if "
+                "none can."
+            ) from error
 
 
 def resized(inputs: Inputs) -> dict[str, Inputs]:

@@ -1,5 +1,6 @@
 """The quantized weights of a model as codes and scales: the one source that every exporter reads."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,14 +132,23 @@ def named(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, ...]
         yield tuple(names), tensor
 
 
-def check_float32(owner: str, weights: Sequence[QuantizedWeight]) -> None:
-    """Refuse weights of another dtype than the runtimes compute with."""
-    for weight in weights:
-        if weight.dtype != torch.float32:
-            raise ValueError(
-                f"{owner}: {weight.name!r} is {weight.dtype}, expected float32; call model.float(), then "
-                "opt.adopt_weights(), or export a packed file, which holds every dtype."
-            )
+def plain(model: nn.Module) -> nn.Module:
+    """The model itself, of one that `torch.compile` has made: its parameters have their own names."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def in_float32(model: nn.Module, weights: Sequence[QuantizedWeight]) -> nn.Module:
+    """A copy on the CPU, in evaluation mode. One of another dtype holds ``scale * level`` in float32, as runtimes compute
+    it, where the model holds it rounded.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    if any(weight.dtype != torch.float32 for weight in weights):
+        model.float()
+        for weight in weights:
+            model.get_parameter(weight.name).data.copy_(weight.values)
+    return model
 
 
 def weights_of_run(

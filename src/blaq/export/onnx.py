@@ -1,6 +1,7 @@
 """Export to ONNX, for ONNX Runtime: torch's own exporter first, then quantized weights from their codes."""
 
 import functools
+import inspect
 import json
 import logging
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model, resized
 from blaq.export.files import replacing
-from blaq.export.layers import QuantizedWeight, check_float32
+from blaq.export.layers import QuantizedWeight
 from blaq.export.onnx_containers import FORMAT_VERSION
 from blaq.export.packed_session import tensors
 from blaq.export.runtimes import Session
@@ -50,7 +51,7 @@ def export_onnx(
     bit for bit, and the same outputs on the example inputs, as torch. The model is left as it is.
 
     Args:
-        model: float32; exported in evaluation mode.
+        model: exported in evaluation mode, and in float32: other dtypes are converted, quantized weights exactly.
         opt: the `blaq.BLAQ` or `blaq.LAQ` that trains it; with ``trial="past"`` the weights of ``opt.eval()`` are written.
         example_inputs: what the model is called with, at least two examples of it.
         path: of the file, ending in ``.onnx``.
@@ -62,8 +63,9 @@ def export_onnx(
         The path.
 
     Raises:
-        ValueError: a quantized weight that the exported graph does not have as it is, or that is not float32; a graph of
-            more than 2 GB; another path, preset or optimizer. `VerificationError`: the runtime disagrees; no file then.
+        ValueError: a quantized weight that the exported graph does not have as it is; a model that torch cannot export, or that
+            takes one size only where an axis may change; a graph of more than 2 GB; another path, preset or optimizer.
+            `VerificationError`: the runtime disagrees; no file then.
         ImportError: onnx, onnxruntime or onnxscript is missing.
 
     Example:
@@ -76,8 +78,8 @@ def export_onnx(
         ('model.onnx', True)
     """
     path = _target(path, preset)
-    to_graph = functools.partial(to_onnx, preset=preset, dynamic_shapes=dynamic_shapes)
-    return export_model(model, opt, example_inputs, path, to_graph, unverified, resize=not dynamic_shapes)
+    to_graph = functools.partial(to_onnx, preset=preset)
+    return export_model(model, opt, example_inputs, path, to_graph, unverified, dynamic_shapes)
 
 
 def export_run(
@@ -117,14 +119,15 @@ def to_onnx(
 
     from blaq.export.onnx_graph import WeightGraph
 
-    check_float32("export_onnx", weights)
-    others = {} if dynamic_shapes else resized(inputs)
+    others = {} if dynamic_shapes is not None else resized(inputs)
     if dynamic_shapes is None:
         inputs = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)  # torch fixes an axis of 1
-        dynamic_shapes = tuple(dict.fromkeys(changing_axes(x), torch.export.Dim.DYNAMIC) for x in inputs)
+        axes = [dict.fromkeys(changing_axes(x), torch.export.Dim.DYNAMIC) for x in inputs]
+        dynamic_shapes = _by_parameter(model, axes)
     program = _trace(model, inputs, dynamic_shapes)
-    names = [_claim(program.model.graph, weight) for weight in weights]
-    program.optimize()
+    claimed = [_claim(program.model.graph, weight) for weight in weights]
+    program.optimize()  # gives a weight that is an output too another name
+    names = [value.name for value in claimed]
     constants = [value.const_value for value in program.model.graph.initializers.values()]
     floats = sum(constant.nbytes for constant in constants if constant is not None)
     if floats > LARGEST:
@@ -181,9 +184,11 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any) ->
                 dynamic_shapes=dynamic_shapes,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        cause = " ".join(str(error.__cause__ or error).split()[:60])
+        cause = str(error.__cause__ or error)
+        fixed = "Constraints violated" in cause or "conflicts between user-specified" in cause
+        remedy = " If an axis cannot change, pass dynamic_shapes." if fixed else ""
         raise ValueError(
-            f"export_onnx: torch cannot export this model: {cause} If an axis cannot change, pass dynamic_shapes."
+            f"export_onnx: torch cannot export this model: {' '.join(cause.split()[:60])}{remedy}"
         ) from error
     finally:
         log.setLevel(level)
@@ -191,7 +196,15 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any) ->
     return program
 
 
-def _claim(graph: Any, weight: QuantizedWeight) -> str:
+def _by_parameter(model: nn.Module, axes: list[Any]) -> tuple[Any, ...]:
+    """An entry for each parameter of ``forward``: all that ``*xs`` takes is one."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    starred = inspect.Parameter.VAR_POSITIONAL
+    first = kinds.index(starred) if starred in kinds else len(axes)
+    return (*axes[:first], *([tuple(axes[first:])] if axes[first:] else []))
+
+
+def _claim(graph: Any, weight: QuantizedWeight) -> Any:
     """Make a quantized weight an input of the graph: nothing that could be folded, transposed or merged from here on."""
     found = [name for name in weight.names if name in graph.initializers]
     values = weight.values.numpy()
@@ -210,7 +223,7 @@ def _claim(graph: Any, weight: QuantizedWeight) -> str:
         graph.initializers.pop(name).replace_all_uses_with(first)
     first.const_value = None
     graph.inputs.append(first)
-    return found[0]
+    return first
 
 
 def _name_axes(

@@ -54,6 +54,12 @@ class OnnxSession:
         """What the file says of itself."""
         return self._description
 
+    @property
+    def batch(self) -> int | None:
+        """See `blaq.export.runtimes.Session`."""
+        shape = self._session.get_inputs()[0].shape
+        return shape[0] if shape and isinstance(shape[0], int) else None
+
     def run(self, *inputs: NDArray[Any]) -> NDArray[Any]:
         """The first output."""
         return self.outputs(*inputs)[0]
@@ -94,6 +100,8 @@ class OnnxSession:
         model = onnx.load(self._path)
         outputs = {entry["output"]: name for name, entry in self.description["weights"].items()}
         made = [output for node in model.graph.node for output in node.output if outputs.get(output)]
+        if not made:
+            return {}
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=output) for output in made)
         values = _run(self._open(model), inputs)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model
+from blaq.export.exporting import check_target, export_checkpoint, export_model, given_axes
 from blaq.export.files import flush
-from blaq.export.layers import QuantizedWeight, check_float32
+from blaq.export.layers import QuantizedWeight
 from blaq.optim.base import LatentOptimizer
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def export_openvino(
     example_inputs: Tensor | tuple[Tensor, ...],
     path: str | Path,
     preset: "Preset" = "exact",
+    dynamic_shapes: Any = None,
 ) -> Path:
     """Write a trained model as an OpenVINO file, quantized weights packed, and verify it.
 
@@ -44,22 +45,23 @@ def export_openvino(
     shown the same weights bit for bit, and the same outputs on the example inputs, as torch. The model is left as it is.
 
     Args:
-        model: float32; exported in evaluation mode.
+        model: exported in evaluation mode, and in float32: other dtypes are converted, quantized weights exactly.
         opt: the `blaq.BLAQ` or `blaq.LAQ` that trains it; with ``trial="past"`` the weights of ``opt.eval()`` are written.
-        example_inputs: what the model is called with. The first axis of every input may change, and of integers of two
-            dimensions (tokens) the second.
+        example_inputs: what the model is called with.
         path: of the file, ending in ``.xml``; the weights go beside it, into a file that ends in ``.bin``.
         preset: ``"exact"``: float32 arithmetic; ``"fast"``: Linear layers with activations rounded to 8 bits. OpenVINO
             computes in bfloat16 by itself where the processor can: load the file with `blaq.export.runtimes.open_session`,
             or pass ``INFERENCE_PRECISION_HINT=f32``; the other setting that matters is in the file.
+        dynamic_shapes: which axes may change, as in `torch.export.export`; None: the first axis of every input, and of
+            integers of two dimensions (tokens) the second.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: a quantized weight that the converted graph does not have as it is, or that is not float32; a model that
-            OpenVINO cannot convert; another path, preset or optimizer. `VerificationError`: the runtime disagrees; no file
-            then.
+        ValueError: a quantized weight that the converted graph does not have as it is; a model that OpenVINO cannot convert, or
+            that takes one size only where an axis may change; another path, preset or optimizer. `VerificationError`: the
+            runtime disagrees; no file then.
         ImportError: openvino is missing.
 
     Example:
@@ -72,7 +74,7 @@ def export_openvino(
         ('model.xml', True)
     """
     to_graph = functools.partial(to_openvino, preset=preset)
-    return export_model(model, opt, example_inputs, _target(path, preset), to_graph, unverified)
+    return export_model(model, opt, example_inputs, _target(path, preset), to_graph, unverified, dynamic_shapes)
 
 
 def export_run(
@@ -103,6 +105,7 @@ def to_openvino(
     weights: list[QuantizedWeight],
     inputs: tuple[Tensor, ...],
     preset: "Preset",
+    dynamic_shapes: Any = None,
     recipe: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
 ) -> "ov.Model":
@@ -111,10 +114,9 @@ def to_openvino(
     from blaq.export.openvino_graph import hold, outputs_of_layers
     from blaq.export.openvino_session import FORMAT_VERSION, settings
 
-    check_float32("export_openvino", weights)
     graph = convert(model, inputs)
-    for value, x in zip(graph.inputs, inputs, strict=True):
-        value.get_node().set_partial_shape(_shape(x))
+    for value, x, axes in zip(graph.inputs, inputs, given_axes(model, inputs, dynamic_shapes), strict=True):
+        value.get_node().set_partial_shape(_shape(x, axes))
     graph.validate_nodes_and_infer_types()
     containers = {weight.name: hold(graph, weight, preset) for weight in weights}
     graph.validate_nodes_and_infer_types()
@@ -176,12 +178,11 @@ def unverified(graph: "ov.Model", path: Path) -> "Iterator[Session]":
         partial.with_suffix(".bin").unlink(missing_ok=True)
 
 
-def _shape(x: Tensor) -> "ov.PartialShape":
+def _shape(x: Tensor, axes: list[int]) -> "ov.PartialShape":
     """The shape of an input, -1 for axes that may change."""
     import openvino as ov
 
-    changes = changing_axes(x)
-    return ov.PartialShape([-1 if axis in changes else size for axis, size in enumerate(x.shape)])
+    return ov.PartialShape([-1 if axis in axes else size for axis, size in enumerate(x.shape)])
 
 
 def _target(path: str | Path, preset: str) -> Path:

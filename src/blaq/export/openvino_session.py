@@ -49,6 +49,12 @@ class OpenVINOSession:
         self._core = ov.Core()
         self._request = self._compiled(self._graph, self.preset).create_infer_request()
 
+    @property
+    def batch(self) -> int | None:
+        """See `blaq.export.runtimes.Session`."""
+        shape = self._graph.inputs[0].get_partial_shape()
+        return int(shape[0].get_length()) if len(shape) and shape[0].is_static else None
+
     def run(self, *inputs: NDArray[Any]) -> NDArray[Any]:
         """The first output."""
         return self.outputs(*inputs)[0]
@@ -84,6 +90,8 @@ class OpenVINOSession:
         """What every layer with a quantized weight computes on the way, by the weight's name, first layer first."""
         outputs = {entry["output"]: name for name, entry in self.description["weights"].items() if entry["output"]}
         taken = [node for node in self._graph.get_ordered_ops() if node.get_friendly_name() in outputs]
+        if not taken:
+            return {}
         graph = ov.Model([op.result(node.output(0)) for node in taken], self._graph.get_parameters(), "layers")
         request = self._compiled(graph, self.preset).create_infer_request()
         results = request.infer(list(inputs), share_outputs=False)
@@ -98,6 +106,7 @@ class OpenVINOSession:
         return values
 
     def _multiplied(self, weight: ov.Node) -> NDArray[np.float32]:
+        """By the kernel for many rows, and by that for few in up to `ROWS` of the columns; NaN where the two differ."""
         N, K = weight.get_output_shape(0)
         x = op.parameter([-1, K], np.float32)
         graph = ov.Model([op.result(op.matmul(x, weight.output(0), False, True))], [x], "weight")
@@ -106,6 +115,9 @@ class OpenVINOSession:
         for start in range(0, K, ROWS):
             rows = np.eye(min(ROWS, K - start), K, k=start, dtype=np.float32)
             values[:, start : start + len(rows)] = product(rows)[0].T
+        for k in np.linspace(0, K - 1, min(ROWS, K)).astype(int):
+            alone = product(np.eye(1, K, k=k, dtype=np.float32))[0][0]
+            values[alone != values[:, k], k] = np.nan
         return values
 
 

@@ -1,10 +1,11 @@
 """Quantized weights as constants of an OpenVINO graph: 2, 4 and 8 bits, dequantized by the graph itself, exactly.
 
 A constant of integers q, a zero point z and a scale s say ``s (q - z)``. OpenVINO's CPU plugin keeps such a constant
-packed where a Linear layer multiplies with it, and unpacks it to float32 when it loads the file everywhere else. Two of
-its faults are worked around (seen in version 2026.4.1): its kernels read every row from a whole byte on, though rows of
-2- and 4-bit integers follow each other without a gap, so rows are padded to whole bytes; and with weights that are not
-transposed it divides by zero, so those are unpacked.
+packed where a Linear layer multiplies with it, and unpacks it to float32 when it loads the file everywhere else. Three
+of its faults are worked around (seen in version 2026.4.1): its kernels read every row from a whole byte on, though rows
+of 2- and 4-bit integers follow each other without a gap, so rows are padded to whole bytes; with weights that are not
+transposed it divides by zero, and of up to 4 rows of inputs it takes wrong scales for many groups whose size is no power
+of two, so both are unpacked.
 """
 
 from dataclasses import dataclass, replace
@@ -84,8 +85,11 @@ def choose(weight: QuantizedWeight, preset: Preset, *, linear: bool) -> Containe
         return Container("u4" if levels <= 16 else "u8", "codes", 0, 1, note)
     if not linear:
         return replace(found, note="no Linear layer")
-    if isinstance(weight.granularity, int) and found.padding(weight.shape[1]):
-        return replace(found, note="groups, and rows that fill no whole bytes")
+    if isinstance(weight.granularity, int):
+        if weight.granularity & (weight.granularity - 1):
+            return replace(found, note="groups of another size than 1, 2, 4, 8, ..")
+        if found.padding(weight.shape[1]):
+            return replace(found, note="groups, and rows that fill no whole bytes")
     return found
 
 

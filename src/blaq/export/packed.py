@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from blaq.export.container import decode, dense_state, encode
 from blaq.export.contents import PARTS, PackedFile, describe, interpret, same, tensors_of
 from blaq.export.files import read_whole, replacing
-from blaq.export.layers import QuantizedWeight, named, quantized_weights, shipped, weights_of_run
+from blaq.export.layers import QuantizedWeight, named, plain, quantized_weights, shipped, weights_of_run
 from blaq.optim.base import LatentOptimizer
 
 
@@ -47,6 +47,7 @@ def save_packed(model: nn.Module, opt: LatentOptimizer, path: str | Path) -> Non
         >>> torch.equal(copy[0].weight, model[0].weight)
         True
     """
+    model = plain(model)
     with shipped(opt):
         _write(path, model, quantized_weights(model, opt), None)
 
@@ -72,7 +73,7 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     file = read_packed(path)
     owner = f"load_packed({str(path)!r})"
     if model is not None:
-        _load(file, model, owner)
+        _load(file, plain(model), owner)
         return model
     model = _rebuilt(file, owner)
     _load(file, model, owner)

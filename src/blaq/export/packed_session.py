@@ -27,6 +27,7 @@ class TorchSession:
     """
 
     preset = "exact"
+    batch = None
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], description: dict[str, Any]) -> None:
         self._model, self._weights = model.eval(), weights

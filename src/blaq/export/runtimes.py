@@ -18,6 +18,7 @@ class Session(Protocol):
         preset: ``"exact"``: float32 arithmetic; ``"fast"``: linear layers with 8-bit activations.
         description: what `blaq export` wrote into the file: format version, preset, recipe, and for every quantized
             weight grid, granularity, shape and container.
+        batch: examples a call takes, where the file has fixed it, else None.
     """
 
     @property
@@ -27,6 +28,11 @@ class Session(Protocol):
 
     @property
     def description(self) -> dict[str, Any]:
+        """See above."""
+        ...
+
+    @property
+    def batch(self) -> int | None:
         """See above."""
         ...
 
