@@ -20,10 +20,11 @@ from rich.console import Console
 from torch import nn
 
 from blaq.optim.blaq import BLAQ
-from blaq.tasks.data import Batches
+from blaq.tasks.data import Batches, Split
 from blaq.tasks.losses import squared_hinge
 from blaq.train import journal
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, load_recipe
+from blaq.train.directory import RunDirectory
 from blaq.train.display import Display
 from blaq.train.module import TaskModule
 from blaq.train.run import _settings, _trainer, evaluate, load_data, train
@@ -324,6 +325,32 @@ def test_resuming_with_other_versions_is_said(tmp_path: Path) -> None:
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"Note: torch was 2.5.0, is {torch.__version__}; the end may differ" in said
     assert "Resumed after epoch 1 of 4." in said
+
+
+def test_other_data_are_said(tmp_path: Path) -> None:
+    """Wherever they differ: in number, in their names, in a single input or target."""
+    dataset = load_data(RECIPE.data)
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path / "run", display=Interruption(STEPS + 1))
+    evaluate(tmp_path / "run")  # and no warning
+    inputs, targets = dataset.test.inputs, dataset.test.targets
+    others = {
+        "test was 200, is 199": replace(dataset, test=dataset.test.select(torch.arange(199))),
+        "digest was": replace(dataset, class_names=dataset.class_names[::-1]),
+        "digest": replace(dataset, test=Split(inputs.index_fill(0, torch.tensor(3), 0.5), targets)),
+        "was": replace(dataset, test=Split(inputs, targets.roll(1))),
+    }
+    directory = RunDirectory(tmp_path / "run")
+    for said, other in others.items():
+        assert any(said in change for change in directory.data_changes(other.description()))
+    (tmp_path / "run" / "data.json").write_text('{"train": 1}')
+    with pytest.warns(UserWarning, match=r"run' was trained on other data: train was 1, is \d+"):
+        evaluate(tmp_path / "run")
+    console = Console(file=io.StringIO())
+    train(RECIPE, tmp_path / "run", resume=True, display=Display(console))
+    assert "Note: train was 1, is" in console.file.getvalue()  # type: ignore[attr-defined]
+    (tmp_path / "run" / "data.json").unlink()  # as older versions left it
+    evaluate(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

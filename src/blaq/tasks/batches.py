@@ -1,5 +1,6 @@
 """Data sets in memory and the mini-batches drawn from them, without a Python loop over examples."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 __all__ = ["Batches", "Dataset", "Split", "pad_crop_flip", "to_unit"]
 
 PADDING = 4  # pixels, as in the CIFAR experiments of He et al., CVPR 2016, section 4.2
+_DIGESTED = 1000  # examples of a split that its digest is of: a data set may be larger than memory
 
 
 class Split:
@@ -84,6 +86,18 @@ class Dataset:
     mean: Tensor
     std: Tensor
     class_names: tuple[str, ...] = ()
+
+    def description(self) -> dict[str, int | str]:
+        """What tells other data: the sizes of the splits, the number of classes, and a digest of their names and of up to
+        1000 evenly spaced examples of every split.
+        """
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        digest = hashlib.blake2b("\0".join(self.class_names).encode(), digest_size=16)
+        for split in splits.values():
+            for tensor in split[:: -(-len(split) // _DIGESTED) or 1]:
+                digest.update(tensor.contiguous().numpy().tobytes())
+        sizes = {name: len(split) for name, split in splits.items()}
+        return {**sizes, "classes": self.classes, "digest": digest.hexdigest()}
 
 
 class Batches:

@@ -2,6 +2,7 @@
 
     recipe.toml        the complete recipe, every setting stated
     versions.json      what the run was computed with
+    data.json          what it was computed on: sizes of the splits, and a digest
     metrics.jsonl      one line of JSON an epoch
     zigzag.jsonl       with probes: the measures of `blaq.zigzag`, a line for every layer an epoch and one for "total"
     trajectories.jsonl with probes: a few weights of every layer at every probe, a line a layer
@@ -69,6 +70,10 @@ class RunDirectory:
     def _versions_file(self) -> Path:
         return self.path / "versions.json"
 
+    @property
+    def _data_file(self) -> Path:
+        return self.path / "data.json"
+
     def checkpoint(self, name: Checkpoint) -> Path:
         """Where the best or the last checkpoint lies, or will lie."""
         return self.path / "checkpoints" / f"{name}.ckpt"
@@ -130,12 +135,13 @@ class RunDirectory:
                 "keep its settings, or choose another directory with --out."
             )
 
-    def create(self, recipe: Recipe) -> None:
+    def create(self, recipe: Recipe, data: Mapping[str, int | str]) -> None:
         """Write what a run begins with, unless it is there."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.recipe_file.exists():
             write_atomically(self.recipe_file, recipe.to_toml())
         if not self._versions_file.exists():
+            write_atomically(self._data_file, json.dumps(data, indent=2) + "\n")
             write_atomically(self._versions_file, json.dumps(versions(), indent=2) + "\n")
         self.checkpoint("last").parent.mkdir(exist_ok=True)
 
@@ -161,6 +167,11 @@ class RunDirectory:
         return [
             f"{name} was {before.get(name)}, is {now}" for name, now in versions().items() if before.get(name) != now
         ]
+
+    def data_changes(self, data: Mapping[str, int | str]) -> list[str]:
+        """What differs between the data of the run and those described, as "train was 50, is 60"; older runs do not know."""
+        before = read_json(self._data_file) if self._data_file.exists() else data
+        return [f"{name} was {before.get(name)}, is {now}" for name, now in data.items() if before.get(name) != now]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; a last line cut short by a kill is left out."""

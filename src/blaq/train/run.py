@@ -113,9 +113,10 @@ def train(
         groups = build_groups(module.model, recipe.optim)
         size = plan(groups)
         display.detail(f"{size}\n{memory_report(groups, recipe.optim.trains_by.trial)}\n")
-        directory.create(recipe)
+        data = module.dataset.description()
+        directory.create(recipe, data)
         with directory.locked():
-            for change in directory.version_changes():
+            for change in [*directory.version_changes(), *directory.data_changes(data)]:
                 display.say(f"Note: {change}; the end may differ from that of an uninterrupted run.")
             journal = _fit(module, directory, display)
             result = _conclude(module, directory, journal, size)
@@ -142,6 +143,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss and error of a run's checkpoint on its validation or test data; torch's random state is left alone.
 
+    Warns where the data are not those that the run was trained on.
+
     Raises:
         ValueError: no run there, or none whose first epoch has ended.
         KeyboardInterrupt: on Ctrl-C; SystemExit with status 143 on SIGTERM.
@@ -150,7 +153,10 @@ def evaluate(
     directory.existing(checkpoint)
     devices = range(torch.cuda.device_count())  # a module seeds them all
     with _settings(recipe.train.threads), torch.random.fork_rng(devices):
-        return _evaluate(TaskModule(recipe, load_data(recipe.data)), directory, checkpoint, split)
+        dataset = load_data(recipe.data)
+        if changes := directory.data_changes(dataset.description()):
+            warnings.warn(f"{str(run)!r} was trained on other data: {'; '.join(changes)}.", stacklevel=2)
+        return _evaluate(TaskModule(recipe, dataset), directory, checkpoint, split)
 
 
 def load_data(data: DataConfig) -> Dataset:
