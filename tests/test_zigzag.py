@@ -571,6 +571,8 @@ def test_a_step_that_fails_leaves_no_trace() -> None:
         def after_update(self) -> None:
             raise AssertionError("the step was undone")
 
+        def after_adoption(self, before: Any) -> None: ...
+
     torch.manual_seed(3)
     failing.train(range(2))
     failing.opt.observers.append(Failing())
@@ -589,6 +591,36 @@ def test_a_step_that_fails_leaves_no_trace() -> None:
     plain.train(range(3, 4))
     assert_identical(failing.everything(), plain.everything())
     assert probes[1].read() == probes[0].read()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("trial", ["none", "fresh", "past", "past in eval", "delayed"])
+def test_adopted_weights_are_no_motion(trial: str, every: int) -> None:
+    """Neither the way there nor the codes that change count, and the steps before and after have no angle."""
+    task = Task(trial.split()[0])
+    zigzag = ZigZag(task.opt, every)
+    torch.manual_seed(0)
+    task.train(range(5))
+    before = zigzag.read(reset=False)["total"]
+    path = zigzag._path[0].clone()
+    if trial == "past in eval":
+        task.opt.eval()
+    with torch.no_grad():
+        for p in zigzag.parameters().values():
+            p.copy_(10 * torch.randn_like(p))
+    task.opt.adopt_weights()
+    task.opt.train()
+    adopted = zigzag.read(reset=False)["total"]
+    assert adopted.path_efficiency == pytest.approx(before.path_efficiency, rel=1e-3)
+    assert torch.equal(zigzag._path[0], path)
+    counts = zigzag._counts[1, -1].item()
+    task.train(range(5, 6))
+    if (task.opt.param_groups[0]["steps"]) % every == 0:
+        assert zigzag._counts[1, -1] == counts
+        assert zigzag.read(reset=False)["total"].flip_rate <= before.flip_rate + 0.2
+    task.train(range(6, 9))
+    assert zigzag._counts[1, -1] > counts
+    assert zigzag.read()["total"].path_efficiency < 1.2
 
 
 def test_observers_stay_when_a_state_is_loaded_and_do_not_travel() -> None:

@@ -111,6 +111,7 @@ class LatentOptimizer(Optimizer):
             entry for entry in self._parameters() if "latent" in entry[2] and not self._written.holds_ours(*entry)
         ]
         new = [held.initial_state(p, self._name(p), group) for group, p, _ in written]
+        before = {p: state["latent"] for _, p, state in written} if self.observers else {}
         for (group, p, state), fresh in zip(written, new, strict=True):
             state.update({key: fresh[key] for key in ("latent", "scale", "trial_grad", "trial_step") if key in fresh})
             if group["grid"] is not None:
@@ -118,6 +119,8 @@ class LatentOptimizer(Optimizer):
             if group["evaluating"]:  # `train` goes on from here too
                 state["trial"] = p.clone()
                 state.update({"trial_scale": state["scale"]} if group["grid"] is not None else {})
+        for observer in self.observers:
+            observer.after_adoption(before)
 
     @torch.no_grad()
     def eval(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class StepObserver(Protocol):
-    """What ``opt.observers`` holds: told of every step that changes the weights, in both its forms (`step`, and the two
+    """What ``opt.observers`` holds: told of all that changes the weights, of every step in both its forms (`step`, and the two
     halves). A step that is skipped or undone before is not told. An observer reads, and changes nothing.
     """
 
@@ -21,3 +21,10 @@ class StepObserver(Protocol):
 
     def after_update(self) -> None:
         """The step is done and counted."""
+
+    def after_adoption(self, before: Mapping[Tensor, Tensor]) -> None:
+        """`adopt_weights` has taken weights from outside.
+
+        Args:
+            before: the latent weights of those parameters, as they were.
+        """

@@ -33,9 +33,9 @@ class _Layer:
         self.direction: Tensor | None = None  # int8: of the last change of a code
         self.frequency: Tensor | None = None  # float32
         if grid is not None:
-            self.codes = codes_held(*self._held(), grid).view(p.shape)
-            self.direction = torch.zeros_like(self.codes, dtype=torch.int8)
-            self.frequency = torch.zeros_like(self.codes, dtype=torch.float32)
+            self.look_away()
+            self.direction = torch.zeros_like(p, dtype=torch.int8, memory_format=torch.contiguous_format)
+            self.frequency = torch.zeros_like(self.direction, dtype=torch.float32)
         self._compiled: tuple[tuple[object, ...], list[Codes]] = ((), [])
 
     def compiled(self, *, counting: bool = False) -> Codes | None:
@@ -61,6 +61,11 @@ class _Layer:
         """What the parameter holds, in rows, and its scales."""
         scale = self.opt.state[self.p]["scale"]
         return self.p.detach().reshape(len(scale), -1), scale
+
+    def look_away(self) -> None:
+        """Take the codes as they are, and count no change."""
+        if self.grid is not None:
+            self.codes = codes_held(*self._held(), self.grid).view(self.p.shape)
 
     def look(self, rates: Tensor | None) -> Tensor:
         """Look at the codes: how many have changed since the last look. With rates, those that changed back are counted."""
@@ -203,6 +208,15 @@ class ZigZag:
         if probed:
             self._last_probe = t
             self._probes += 1
+
+    @torch.no_grad()
+    def after_adoption(self, before: Mapping[Tensor, Tensor]) -> None:
+        """See `blaq.optim.observer.StepObserver`. It is no motion: the path goes on elsewhere, and codes are looked at anew."""
+        for layer in self._layers:
+            if layer.p in before:
+                layer.origin += layer.latent - before[layer.p]
+                layer.look_away()
+        self._kept = -1
 
     def _cosines(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
         three = zip(self._layers, a, b, strict=True)
