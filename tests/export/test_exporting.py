@@ -165,3 +165,66 @@ def test_what_differs_is_said_where_no_layer_can_be_named(export: Export, monkey
     monkeypatch.setattr(type(session), "outputs", lambda self, *x: [y + 1 for y in outputs(self, *x)])
     with pytest.raises(VerificationError, match="the runtime's outputs are not torch's"):
         export(Recurrent(), torch.randn(2, 5, 8))
+
+
+class Averaged(nn.Module):
+    """Computes with a size of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) / float(x.shape[0])
+
+
+def test_axes_that_the_user_names_are_proved_for_openvino(tmp_path: Path) -> None:
+    """Its converter takes sizes for constants without a word."""
+    pytest.importorskip("openvino")
+    model = Averaged()
+    opt = blaq.LAQ(blaq.param_groups(model, bits=2, rules={}))
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    with pytest.raises(blaq.export.verify.VerificationError, match="relative difference"):
+        blaq.export_openvino(model, opt, torch.randn(4, 8), tmp_path / "m.xml", dynamic_shapes=free)
+    assert not list(tmp_path.iterdir())
+    blaq.export_openvino(model, opt, torch.randn(4, 8), tmp_path / "m.xml", dynamic_shapes=(None,))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "axes"),
+    [
+        ((None, None), [[], []]),
+        ([None, None], [[], []]),
+        ({"x": None, "y": None}, [[], []]),
+        ({"x": {0: torch.export.Dim.DYNAMIC}, "y": None}, [[0], []]),
+        (((None, {1: torch.export.Dim.AUTO}),), [[], [1]]),
+        (((torch.export.Dim.AUTO, None), (None, torch.export.Dim.AUTO)), [[0], [1]]),
+    ],
+    ids=str,
+)
+def test_axes_of_two_inputs_are_read_as_torch_reads_them(shapes: Any, axes: list[list[int]]) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    assert given_axes(Two(), (torch.zeros(2, 3), torch.zeros(2, 3)), shapes) == axes
+
+
+@pytest.mark.parametrize("export", [blaq.export_onnx, blaq.export_openvino])
+def test_a_dtype_written_in_forward_is_told(export: Any, tmp_path: Path) -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x.to(torch.bfloat16))
+
+    model = Cast().bfloat16()
+    opt = blaq.LAQ(blaq.param_groups(model, bits=2, rules={}))
+    suffix = ".onnx" if export is blaq.export_onnx else ".xml"
+    pytest.importorskip("onnxruntime" if suffix == ".onnx" else "openvino")
+    with pytest.raises(
+        ValueError, match=r"converted to float32 as exports compute, fails .*; name no dtype in forward"
+    ):
+        export(model, opt, torch.randn(4, 8).bfloat16(), tmp_path / f"m{suffix}")

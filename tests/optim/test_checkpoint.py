@@ -338,6 +338,16 @@ def test_a_model_that_was_cast_resumes_bit_exactly(mode: str, dtype: torch.dtype
     assert_identical(before, run.opt.state_dict())
 
 
+def test_a_state_that_was_shrunk_is_widened() -> None:
+    """Quantized weights are trained in float32 at least, as the others in the dtype of the parameter."""
+    saved, run = Run().train(2).opt.state_dict(), Run()
+    for state in saved["state"].values():
+        for key in state.keys() & {"latent", "exp_avg", "exp_avg_sq"}:
+            state[key] = state[key].bfloat16()
+    run.opt.load_state_dict(saved)
+    assert {t.dtype for state in run.opt.state.values() for t in state.values()} == {torch.float32}
+
+
 def test_names_stay_those_of_this_model() -> None:
     """A checkpoint of the same network inside another has other names."""
     saved, run = Run(), Run()

@@ -234,7 +234,7 @@ def test_an_interruption_inside_the_solver_leaves_weights_on_their_grid(
     parameters = [nn.Parameter(torch.randn(4, 6, generator=generator)) for _ in range(1 + many)]
     parameters.append(nn.Parameter(torch.randn(5, 3, generator=generator)))  # stepped after the others
     groups = [{"params": parameters, "grid": "ternary", "solver": "exact"}]
-    opt = blaq.BLAQ(groups, lr=0.1, trial=mode)
+    opt = blaq.BLAQ(groups, lr=0.5, trial=mode)
 
     def step() -> None:
         for half in (opt.forward_step, opt.backtrack_step) if mode == "fresh" else (opt.step,):

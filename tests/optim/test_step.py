@@ -209,7 +209,9 @@ def test_a_closure_that_adds_to_earlier_gradients_is_refused(new_task: Any, asse
         task.loss(3).backward()
 
     state = task.everything()["state"]
-    with pytest.raises(ValueError, match=r"adds to the gradient that '0\.weight' had before.*call zero_grad"):
+    with pytest.raises(
+        ValueError, match=r"leaves '0\.weight' the gradient it had before.*zero_grad\(\) in the closure"
+    ):
         task.opt.step(adding)
     assert_identical(state, task.everything()["state"])
     task.opt.zero_grad()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,60 @@ def test_a_write_at_a_trial_point_is_noticed(
     assert torch.equal(task.opt.latent(p), written)
     task.opt.train()
     task.train(range(3, 5))
+
+
+@pytest.mark.parametrize("value", [123.0, torch.nan])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_single_write_into_a_large_tensor_is_noticed(compile: bool, value: float) -> None:
+    p = nn.Parameter(torch.randn(100, 100, generator=torch.Generator().manual_seed(0)))
+    opt = blaq.BLAQ([{"params": [p], "grid": "binary"}], trial="past", compile=compile)
+    for _ in range(3):
+        p.grad = torch.sin(100 * p.detach())
+        opt.step()
+    with torch.no_grad():
+        p.copy_(p.clone())  # the same values
+    opt.step()
+    with torch.no_grad():
+        p[3, 4] = value
+    with pytest.raises(ValueError, match="was changed outside the optimizer"):
+        opt.step()
+    if value == value:
+        opt.adopt_weights()
+        assert opt.latent(p)[3, 4] == value
+    else:
+        with pytest.raises(ValueError, match="expected finite values"):
+            opt.adopt_weights()
+
+
+@pytest.mark.parametrize("how", ["loaded", "copied"])
+def test_nothing_is_adopted_where_nothing_was_written(how: str, new_task: NewTask, assert_identical: Check) -> None:
+    """Also where it is not known what the optimizer wrote; an observer is not told then."""
+    task = new_task(trial="past").train(range(3))
+    task.model.register_parameter("empty", nn.Parameter(torch.empty(0)))
+    task.opt.add_param_group({"params": [task.model.empty], "grid": None, "param_names": ["empty"]})
+    if how == "loaded":
+        task.opt.load_state_dict(task.opt.state_dict())
+    else:
+        task = copy.deepcopy(task)
+    told: list[Any] = []
+    task.opt.observers.append(SimpleNamespace(after_adoption=told.append))
+    before = task.everything()
+    task.opt.adopt_weights()
+    assert_identical(before, task.everything())
+    assert not told
+
+
+def test_a_frozen_weight_without_a_grid_belongs_to_the_user(new_task: NewTask) -> None:
+    """It never had a step that could be lost."""
+    task = new_task(trial="past")
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    task.opt.add_param_group({"params": [frozen], "grid": None, "param_names": ["frozen"]})
+    for step in range(3):
+        task.train([step])
+        with torch.no_grad():
+            frozen.mul_(0.5)
+    task.opt.eval()
+    assert frozen.tolist() == [0.125] * 3
 
 
 @in_every_mode

@@ -300,7 +300,7 @@ def test_a_run_that_stands_alone_speaks_for_no_method(
     write_run(tmp_path / "tried", method=method, seed=seed, lr=0.02, loss=[0.04] * 10)  # of lower validation error
     *found, note = statements(tmp_path)
     assert [statement.text for statement in found if not statement.head.startswith("Of 1 settings")] == before
-    assert note.head == "1 setting is passed over for missing or failed seeds"
+    assert note.head == "1 setting is passed over for missing, failed or other seeds"
     label = {"past": "Past", "laq": "LAQ"}[method]
     assert note.text.startswith(f"{label}, learning rate = 0.02 (seeds {seed}). ")
     (task,) = arrange(read_runs([tmp_path]))

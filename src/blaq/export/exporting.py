@@ -32,19 +32,24 @@ def export_model(
     to_graph: ToGraph,
     unverified: Unverified,
     dynamic_shapes: Any = None,
+    *,
+    traced: bool,
 ) -> Path:
-    """Write a model of the user's, proved on the example inputs, and on others of other sizes if the axes that may change
-    are left to us.
+    """Write a model of the user's, proved on the example inputs, and on others of other sizes.
+
+    `traced`: the exporter takes on trust which axes may change; else those that the user names are its own to prove.
     """
     inputs = tuple(x.detach().cpu() for x in as_tuple(example_inputs))
     model = plain(model)
     with shipped(opt):
         weights = quantized_weights(model, opt)
         model = in_float32(model, weights)
-    if any(weight.dtype != torch.float32 for weight in weights):
+    converted = any(weight.dtype != torch.float32 for weight in weights)
+    if converted:
         inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
-    others = {} if dynamic_shapes is not None else resized(inputs)
-    _check(model, inputs, others)
+    proved = dynamic_shapes is None or traced
+    others = resized(inputs, given_axes(model, inputs, dynamic_shapes)) if proved else {}
+    _check(model, inputs, others, converted)
     with unverified(to_graph(model, weights, inputs, dynamic_shapes=dynamic_shapes), path) as session:
         verify_weights(session, weights)
         verify_outputs(session, model, weights, [inputs, *others.values()])
@@ -98,11 +103,15 @@ def given_axes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> list[li
     """
     if dynamic_shapes is None:
         return [changing_axes(x) for x in inputs]
-    shapes = dynamic_shapes
-    if isinstance(shapes, dict):
+    given = dynamic_shapes
+    if isinstance(given, dict):
         names = inspect.signature(model.forward).bind(*inputs).arguments
-        shapes = tuple(shapes[name] for name in names if name in shapes)
-    shapes = tree_leaves(shapes, is_leaf=lambda each: each is None or _is_shape(each))
+        given = [given[name] for name in names if name in given]
+    elif not isinstance(given, list | tuple):
+        given = [given]
+    if len(given) == 1 < len(inputs) and isinstance(given[0], list | tuple):
+        given = given[0]  # those of ``*inputs``
+    shapes = [leaf for entry in given for leaf in tree_leaves(entry, is_leaf=lambda of: of is None or _is_shape(of))]
     if len(shapes) != len(inputs) or not all(shape is None or _is_shape(shape) for shape in shapes):
         raise ValueError(
             f"export(dynamic_shapes={dynamic_shapes!r}): expected one entry for each input, {len(inputs)} in all, such as "
@@ -120,7 +129,7 @@ def _is_shape(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and not any(isinstance(size, dict | list | tuple) for size in entry)
 
 
-def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs]) -> None:
+def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs], converted: bool) -> None:
     """Find out here what cannot be exported: the exporters say it less clearly, and some runtimes not before the end."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:
@@ -128,8 +137,14 @@ def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs]) -> None:
                 f"export: {name!r} is an LSTM with proj_size={module.proj_size}, which no runtime's exporter takes; write a "
                 "packed file (blaq.save_packed, --format packed), which holds every module."
             )
-    with torch.no_grad():
-        numbers = [y for y in tree_leaves(model(*inputs)) if isinstance(y, int | float)]
+    try:
+        with torch.no_grad():
+            outputs = model(*inputs)
+    except Exception as error:  # the model's own code
+        what = ", converted to float32 as exports compute," if converted else ""
+        out = "; name no dtype in forward(), or write a packed file (blaq.save_packed)" if converted else ""
+        raise ValueError(f"export: the model{what} fails on the example inputs: {_first_line(error)}{out}.") from error
+    numbers = [y for y in tree_leaves(outputs) if isinstance(y, int | float)]
     if numbers:
         raise ValueError(f"export: the model returns a number ({numbers[0]}); expected tensors alone as outputs.")
     for axis, inputs in others.items():
@@ -138,20 +153,39 @@ def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs]) -> None:
                 model(*inputs)
         except Exception as error:  # the model's own code
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-            reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"export: the model itself fails with another {axis} size, inputs {shapes}: {reason}. If that axis cannot "
-                "change, pass dynamic_shapes: ({0: torch.export.Dim.DYNAMIC},) if of one input the first alone can, (None,) if "
-                "none can."
+                f"export: the model itself fails with another {axis} size, inputs {shapes}: {_first_line(error)}. If that "
+                "axis cannot change, pass dynamic_shapes: ({0: torch.export.Dim.DYNAMIC},) if of one input the first alone "
+                "can, (None,) if none can."
             ) from error
 
 
-def resized(inputs: Inputs) -> dict[str, Inputs]:
-    """The inputs with one axis changed, by the name of the axis: an exporter may have taken its size for a constant."""
-    found = {"batch": tuple(x[:1] if x.ndim and len(x) > 1 else torch.cat([x, x]) if x.ndim else x for x in inputs)}
-    if any(1 in changing_axes(x) and x.shape[1] > 1 for x in inputs):
-        found["sequence"] = tuple(x[:, :-1] if 1 in changing_axes(x) else x for x in inputs)
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def resized(inputs: Inputs, axes: Sequence[Sequence[int]]) -> dict[str, Inputs]:
+    """The inputs with one axis changed, by the name of the axis: an exporter may have taken its size for a constant.
+
+    Example:
+        >>> x, y = torch.zeros(3, 4), torch.zeros(2)
+        >>> {name: [tuple(z.shape) for z in changed] for name, changed in resized((x, y), [[0, 1], []]).items()}
+        {'batch': [(1, 4), (2,)], 'sequence': [(3, 3), (2,)]}
+    """
+    found = {}
+    for axis in sorted({axis for each in axes for axis in each}):
+        pairs = zip(inputs, axes, strict=True)
+        changed = tuple(_of_another_size(x, axis) if axis in each else x for x, each in pairs)
+        if any(x.shape != y.shape for x, y in zip(inputs, changed, strict=True)):
+            found[{0: "batch", 1: "sequence"}.get(axis, f"axis {axis}")] = changed
     return found
+
+
+def _of_another_size(x: Tensor, axis: int) -> Tensor:
+    size = x.shape[axis]
+    if axis == 0:
+        return x[:1] if size > 1 else torch.cat([x, x])
+    return x.narrow(axis, 0, size - 1) if size > 1 else x
 
 
 def check_target(owner: str, path: str | Path, preset: str, suffix: str, packages: Sequence[str], extra: str) -> Path:

@@ -79,7 +79,7 @@ def export_onnx(
     """
     path = _target(path, preset)
     to_graph = functools.partial(to_onnx, preset=preset)
-    return export_model(model, opt, example_inputs, path, to_graph, unverified, dynamic_shapes)
+    return export_model(model, opt, example_inputs, path, to_graph, unverified, dynamic_shapes, traced=False)
 
 
 def export_run(
@@ -119,7 +119,7 @@ def to_onnx(
 
     from blaq.export.onnx_graph import WeightGraph
 
-    others = {} if dynamic_shapes is not None else resized(inputs)
+    others = {} if dynamic_shapes is not None else resized(inputs, [changing_axes(x) for x in inputs])
     if dynamic_shapes is None:
         inputs = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)  # torch fixes an axis of 1
         axes = [dict.fromkeys(changing_axes(x), torch.export.Dim.DYNAMIC) for x in inputs]

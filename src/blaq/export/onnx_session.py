@@ -57,8 +57,8 @@ class OnnxSession:
     @property
     def batch(self) -> int | None:
         """See `blaq.export.runtimes.Session`."""
-        shape = self._session.get_inputs()[0].shape
-        return shape[0] if shape and isinstance(shape[0], int) else None
+        sizes = [value.shape[0] for value in self._session.get_inputs() if value.shape]
+        return sizes[0] if sizes and all(isinstance(size, int) for size in sizes) else None
 
     def run(self, *inputs: NDArray[Any]) -> NDArray[Any]:
         """The first output."""

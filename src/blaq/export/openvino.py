@@ -74,7 +74,8 @@ def export_openvino(
         ('model.xml', True)
     """
     to_graph = functools.partial(to_openvino, preset=preset)
-    return export_model(model, opt, example_inputs, _target(path, preset), to_graph, unverified, dynamic_shapes)
+    target = _target(path, preset)
+    return export_model(model, opt, example_inputs, target, to_graph, unverified, dynamic_shapes, traced=True)
 
 
 def export_run(

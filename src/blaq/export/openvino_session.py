@@ -52,8 +52,9 @@ class OpenVINOSession:
     @property
     def batch(self) -> int | None:
         """See `blaq.export.runtimes.Session`."""
-        shape = self._graph.inputs[0].get_partial_shape()
-        return int(shape[0].get_length()) if len(shape) and shape[0].is_static else None
+        shapes = [value.get_partial_shape() for value in self._graph.inputs]
+        sizes = [shape[0] for shape in shapes if len(shape)]
+        return int(sizes[0].get_length()) if sizes and all(size.is_static for size in sizes) else None
 
     def run(self, *inputs: NDArray[Any]) -> NDArray[Any]:
         """The first output."""

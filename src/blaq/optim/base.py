@@ -119,7 +119,7 @@ class LatentOptimizer(Optimizer):
             if group["evaluating"]:  # `train` goes on from here too
                 state["trial"] = p.clone()
                 state.update({"trial_scale": state["scale"]} if group["grid"] is not None else {})
-        for observer in self.observers:
+        for observer in self.observers if written else ():
             observer.after_adoption(before)
 
     @torch.no_grad()
@@ -348,13 +348,17 @@ class LatentOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"] if past or group["grid"] is not None else ():
                 if not self._written.untouched(p):
-                    if not self._written.is_ours(group, p, self.state[p]):
+                    state = self.state[p]
+                    if group["grid"] is None and not int(state["step"]) and not group["evaluating"]:
+                        state["latent"].copy_(p)  # it is what the first step starts from
+                    elif not self._written.is_ours(group, p, state):
                         raise ValueError(self._changed_outside(p))
                     self._written.note(p)
 
     def _changed_outside(self, p: Tensor) -> str:
+        what = "what" if self._group(p)["grid"] is None else "the scale * level"
         return (
-            f"{self._owner}: '{self._name(p)}' was changed outside the optimizer and is no longer the scale * level it wrote; "
+            f"{self._owner}: '{self._name(p)}' was changed outside the optimizer and is no longer {what} it wrote; "
             "load weights before building the optimizer, or call adopt_weights() to go on from the new values."
         )
 

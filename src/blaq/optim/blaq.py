@@ -239,8 +239,12 @@ class BLAQ(LatentOptimizer):
         self._tell_observers(None)
         trial = self.trial
         for batch in self._kept.of(entries, self.compiles):
-            steps.one_gradient(batch, trial)
-            self._written.note_step(batch, self.trial)
+            try:
+                steps.one_gradient(batch, trial)
+            except BaseException:  # its state may have gone on, and is no longer that of the point it holds
+                self._written.forget(batch.parameters)
+                raise
+            self._written.note_step(batch, trial)
         self._kept.count(remember=trial in REMEMBERING)
         self._count(1)
 

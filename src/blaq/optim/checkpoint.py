@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blaq.grids import Grid
@@ -13,7 +14,6 @@ from blaq.projection import row_shape
 # As large as the parameter. torch casts them to its dtype, which would round latent weights to bfloat16.
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "a", "clip", "curvature", *SHARED, *GROUP_DEFAULTS)
 _LIKE_PARAMETER = ("latent", "exp_avg", "exp_avg_sq", "trial_grad")
-_AS_SAVED = (*_LIKE_PARAMETER, "scale", "trial_scale")
 
 
 def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name: Callable[[Tensor], str]) -> None:
@@ -62,11 +62,15 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
 
 def repair_dtypes(saved: dict[str, Any], groups: list[Group], state: MutableMapping[Tensor, Any]) -> None:
     """Put copies of the saved tensors, uncast, in place of those that torch cast to the dtype of the parameter."""
-    for index, _, p in _parameters(saved, groups):
+    for index, group, p in _parameters(saved, groups):
         for key, value in saved["state"][index].items():
             if key == "trial":
                 state[p][key] = value.to(device=p.device, dtype=p.dtype, copy=True)
-            elif key in _AS_SAVED:
+            elif key in _LIKE_PARAMETER:
+                least = p.dtype if group["grid"] is None and p.dtype.itemsize < 4 else torch.float32
+                wide = torch.promote_types(value.dtype, least)
+                state[p][key] = value.to(device=p.device, dtype=wide, copy=True)
+            elif key in ("scale", "trial_scale"):
                 state[p][key] = value.to(device=p.device, copy=True)
             elif key in ("step", "trial_step"):
                 state[p][key] = value.clone()

@@ -1,8 +1,8 @@
 """What the optimizer has written into the parameters, to tell writes from outside: training would silently throw them away."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from blaq.optim import held, update
@@ -37,9 +37,12 @@ class Written:
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}  # by the id of a parameter; tensors hash in Python, and slowly
 
-    def forget(self) -> None:
-        """Nothing is known."""
-        self._records.clear()
+    def forget(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Nothing is known of some parameters, or of all."""
+        if parameters is None:
+            self._records.clear()
+        for p in parameters or ():
+            self._records.pop(id(p), None)
 
     def note(self, p: Tensor) -> None:
         """A parameter holds what it shall."""
@@ -78,22 +81,33 @@ class Written:
         return (known is not None and known.untouched) or self.holds_ours(group, p, state)
 
     def holds_ours(self, group: Group, p: Tensor, state: State) -> bool:
-        """`is_ours` by the values themselves, which sees what was written through ``.data`` too, and believes nothing."""
+        """`is_ours` by the values themselves, which sees what was written through ``.data`` too."""
         known = self._records.get(id(p))
-        w, ties = state["latent"], 0
-        if _at_trial_point(group, state):
-            if known is None or known.ahead is None:
-                return group["grid"] is not None and held.is_on_grid(p, state["scale"], group)
-            w, _ = update.forward(w, state["exp_avg"], state["exp_avg_sq"], state["trial_grad"], known.ahead)
-            if group["grid"] is None:
-                return torch.allclose(w.to(p.dtype), p, rtol=0, atol=_ROUNDING * float(w.abs().max()))
-            ties = p.numel() // 1000
-        elif group["grid"] is None:
-            return torch.equal(w.to(p.dtype), p)
-        if not p.is_cpu and known is not None and known.untouched:
-            # Compiled code of other devices may round a tie otherwise than the values that are computed here.
-            return held.is_on_grid(p, state["scale"], group)
-        return int((held.held_values(w, state["scale"], group).to(p.dtype) != p).sum()) <= ties
+        ahead = known.ahead if known is not None else None
+        if group["grid"] is not None and not held.is_on_grid(p, state["scale"], group):
+            return False
+        at_trial_point = _at_trial_point(group, state)
+        unknown = (
+            ahead is None if at_trial_point else known is None and group["trial"] == "past" and not group["evaluating"]
+        )
+        if unknown and group["grid"] is not None:
+            return (
+                True  # it cannot be computed again: a step may have been broken off, and the state gone on without it
+            )
+        if at_trial_point:
+            # Without a record the learning rate may have been another one: then it is adopted, a step ahead.
+            ahead = ahead or Rates.of(group, int(state["trial_step"]) + 1)
+            w, _ = update.forward(state["latent"], state["exp_avg"], state["exp_avg_sq"], state["trial_grad"], ahead)
+            rounding = _ROUNDING * float(w.abs().max()) if w.numel() else 0.0
+        else:
+            w, rounding = state["latent"], 0.0
+            if not p.is_cpu and known is not None and known.untouched:
+                return True  # compiled code of other devices may round a tie otherwise than the values computed here
+
+        def values(w: Tensor) -> Tensor:
+            return (w if group["grid"] is None else held.held_values(w, state["scale"], group)).to(p.dtype)
+
+        return bool(((values(w - rounding) <= p) & (p <= values(w + rounding))).all())  # neither falls as w rises
 
 
 def _at_trial_point(group: Group, state: State) -> bool:

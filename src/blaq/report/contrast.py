@@ -17,6 +17,7 @@ Axis = Literal["steps", "gradient_evaluations"]
 
 AXIS_WORDS: dict[Axis, str] = {"steps": "steps", "gradient_evaluations": "gradient evaluations"}
 # Of the path since training began, and an average that goes on: each value stands for all before it.
+_OF_THE_SCHEDULE = ("optim.schedule", "optim.schedule_every", "optim.schedule_factor")
 RUNNING = frozenset({"path_efficiency", "oscillation_frequency"})
 
 
@@ -44,9 +45,24 @@ class Comparison:
     def early(self) -> str:
         """Which of the two is read off in the middle of its learning-rate schedule, in words; empty if neither is."""
         longer = max(self.variant, self.control, key=lambda of: of.mean(self.axis))
-        if self.at_end or longer.settings.get("optim.schedule") == "constant":
+        if self.at_end or not self._falls_later(longer):
             return ""
         return f"read off before {'LAQ' if longer is self.control else method_name(longer.method)}'s schedule ended"
+
+    def _falls_later(self, longer: Variant) -> bool:
+        """Whether the learning rate of the longer one still fell behind the point, and not for both alike."""
+        schedule, every = (longer.settings.get(f"optim.{key}") for key in ("schedule", "schedule_every"))
+        if schedule == "cosine":  # down to the end of a run, however long it is
+            return True
+        shorter = self.control if longer is self.variant else self.variant
+        same = all(longer.settings.get(key) == shorter.settings.get(key) for key in _OF_THE_SCHEDULE)
+        if schedule == "constant" or (self.axis == "steps" and same):
+            return False
+        if schedule != "step" or every is None:
+            return True
+        epochs = max(run.epochs for run in longer.runs)
+        last = (epochs - 1) // int(every) * int(every)  # after which it fell for the last time
+        return last >= epochs * self.point / longer.mean(self.axis)
 
     def standing(self, difference: Difference | None) -> rules.Standing:
         """What a difference of the two allows to say: no more than ``early`` where a learning rate still had to fall."""
@@ -69,7 +85,15 @@ def best(variants: Sequence[Variant], seeds: Collection[int] | None = None, *, t
 
 def featured(panel: Panel, *, text: bool) -> list[Variant]:
     """One variant a method, the `best`, in the panel's order."""
-    chosen = [best(variants, text=text) for variants in _by_method(panel).values()]
+    by_method = _by_method(panel)
+    rivals = [
+        of for method, variants in by_method.items() if method != "laq" for of in fullest(variants) if of.quantized
+    ]
+    seeds = {seed for of in rivals for seed in of.seeds}
+    chosen = [
+        best(variants, seeds if seeds and method == "laq" else None, text=text)
+        for method, variants in by_method.items()
+    ]
     return [variant for variant in panel.variants if variant in chosen]
 
 
@@ -155,11 +179,16 @@ def _by_method(panel: Panel) -> dict[str, list[Variant]]:
 
 
 def _controls(variant: Variant, panel: Panel, axis: Axis) -> list[Variant]:
-    """The LAQ variants to choose from: the `fullest` in its seeds. a = 1 with two gradients a step is LAQ, but not at its cost:
-    it is no control at equal gradients.
+    """The LAQ variants to choose from: of each length the `fullest` in its seeds, and none with a single pair beside others.
+    a = 1 with two gradients a step is LAQ, but not at its cost: it is no control at equal gradients.
     """
     found = [of for of in panel.controls if axis == "steps" or of.mean("steps") == of.mean("gradient_evaluations")]
-    return fullest(found, variant.seeds)
+    lengths = {of.mean(axis) for of in found}
+    chosen = [
+        of for length in lengths for of in fullest([of for of in found if of.mean(axis) == length], variant.seeds)
+    ]
+    several = [of for of in chosen if len(set(of.seeds) & set(variant.seeds)) > 1]
+    return several or fullest(chosen, variant.seeds)
 
 
 def _read_off(variant: Variant, axis: Axis, measure: str, point: float) -> dict[int, float]:

@@ -63,17 +63,22 @@ class Sweep:
         recipe: what its runs share.
         target: the training loss whose cost was asked for; None if none was named.
         failures: run name to message; without those that have a result by now.
+        seeds: those of every setting; empty if the folder does not tell.
     """
 
     path: Path
     recipe: Recipe
     target: float | None
     failures: Mapping[str, str]
+    seeds: frozenset[int] = frozenset()
+
+    def holds(self, run: Run) -> bool:
+        """Whether the run is one of this folder."""
+        return self.path.resolve() in run.path.resolve().parents
 
     def failed_beside(self, run: Run) -> bool:
         """Whether a run of the same settings failed with another seed, which is what a name ends with."""
-        beside = self.path.resolve() in run.path.resolve().parents
-        return beside and any(_stem(name) == _stem(run.path.name) for name in self.failures)
+        return self.holds(run) and any(_stem(name) == _stem(run.path.name) for name in self.failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +141,17 @@ def read_sweeps(paths: Iterable[Path]) -> list[Sweep]:
 
 def _read_sweep(path: Path) -> Sweep:
     failures = (_if_there(path / "results.json") or {}).get("failures", {})
+    design = read_json(comparison_file(path))
     return Sweep(
         path=path,
         recipe=load_recipe(path / "recipe.toml"),
-        target=read_json(comparison_file(path)).get("target"),
+        target=design.get("target"),
         failures={
             name: why
             for name, why in failures.items()
             if not any((path / part / name / "result.json").exists() for part in ("runs", "tuning"))
         },
+        seeds=frozenset(design.get("seeds", ())),
     )
 
 

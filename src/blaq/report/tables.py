@@ -94,10 +94,13 @@ _TARGET_AXES = (("steps", ",.0f"), ("gradient_evaluations", ",.0f"), ("seconds",
 
 
 def _lacks_a_seed(variant: Variant, sweeps: Sequence[Sweep], unfinished: Sequence[Run]) -> bool:
-    """Whether a run of the variant failed or is not finished: what the others took is then no mean over the seeds."""
-    return any(sweep.failed_beside(run) for sweep in sweeps for run in variant.runs) or any(
-        run.seed not in variant.seeds and read_settings(run) == variant.settings for run in unfinished
-    )
+    """Whether a run of the variant failed, is not finished or not begun: what the others took is no mean over the seeds."""
+    for sweep in sweeps:
+        if any(map(sweep.failed_beside, variant.runs)):
+            return True
+        if any(map(sweep.holds, variant.runs)) and not sweep.seeds <= set(variant.seeds):
+            return True
+    return any(run.seed not in variant.seeds and read_settings(run) == variant.settings for run in unfinished)
 
 
 def _to_target(variant: Variant, axis: str, target: float, spec: str) -> str:

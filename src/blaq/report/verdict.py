@@ -202,7 +202,7 @@ def _passed_over(variants: Sequence[Variant]) -> Iterator[Statement]:
     count = len(variants)
     yield Statement(
         "note",
-        f"{count} {'setting is' if count == 1 else 'settings are'} passed over for missing or failed seeds",
+        f"{count} {'setting is' if count == 1 else 'settings are'} passed over for missing, failed or other seeds",
         f"{listed}{more}. Only settings with the most seeds speak for a method, of LAQ those with the most in common with it.",
         "Run the missing seeds: repeat the command of the comparison.",
     )

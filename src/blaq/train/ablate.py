@@ -110,7 +110,7 @@ class Ablation:
         """Which setting validation prefers, and which could not be preferred."""
         field = measure.field.replace("test", "validation")
         best = min(_fullest(group.settings), key=lambda setting: setting.sample(field).mean)
-        most = max(len(setting.runs) for setting in settings_of(self.outcome.runs))
+        most = max(len(setting.runs) for setting in group.settings)
         fewer = [f"{of.name}: {len(of.runs)} of {most}" for of in group.settings if len(of.runs) < most]
         return (
             f"the lowest {field.replace('_', ' ')} has {best.name}, with {measure.name} "

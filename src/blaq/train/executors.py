@@ -174,6 +174,8 @@ def _attempt(run: str) -> str | None:
         train(recipe, directory.path, resume=True, progress=False)
     except ValueError as error:
         return str(error)
+    except SystemExit as error:
+        return "its process was ended by SIGTERM" if error.code == 128 + signal.SIGTERM else f"exit status {error.code}"
     except Exception as error:  # whatever happens to one run, the others go on
         traceback.print_exc()
         sys.stderr.flush()

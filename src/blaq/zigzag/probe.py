@@ -282,6 +282,11 @@ class ZigZag:
         Raises:
             ValueError: a state of other layers, shapes or ``every``.
         """
+        if absent := [key for key in _OF_ALL if key not in state]:
+            raise ValueError(
+                f"ZigZag.load_state_dict(): the state has no {', '.join(absent)}: it is of another version of blaq; make "
+                "the run anew, or go on without the state."
+            )
         names, shapes = ([layer.name for layer in self._layers], [layer.p.shape for layer in self._layers])
         theirs = [layer["origin"].shape for layer in state["layers"]]
         if (state["every"], state["names"], theirs) != (self.every, names, shapes):
