@@ -16,6 +16,7 @@ from blaq import bins
 from blaq import exact as exact_solver
 from blaq.grids import GRIDS
 from blaq.optim import reference
+from blaq.projection import nearest_levels
 
 SOLVERS = ("exact", "alternating")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -357,6 +358,22 @@ def test_a_tie_goes_outward(name: str) -> None:
         assert q.values.tolist() == [2.0 * sign, 2.0 * sign]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_threshold_is_half_way_and_a_tie_goes_outward(name: str, dtype: torch.dtype) -> None:
+    """Of all levels, on either side, at a scale that is a power of two and so rounds nothing."""
+    grid = blaq.Grid.parse(name)
+    levels = torch.tensor(grid.magnitudes, dtype=dtype)
+    inner, outer = levels[:-1], levels[1:]
+    for exponent in (-20, 0):
+        scale = torch.full((1, grid.scales), 2.0**exponent)
+        half_way = ((inner + (outer - inner) / 2) * 2.0**exponent).unsqueeze(0)
+        for sign in (1.0, -1.0):
+            for factor, expected in ((0.999, inner), (1.0, outer), (1.001, outer)):
+                found = nearest_levels(sign * factor * half_way, scale, grid)
+                assert torch.equal(found.squeeze(0), sign * expected)
+
+
 # --------------------------------------------------------------------------------------------------- degenerate rows
 
 DEGENERATE = {
@@ -539,6 +556,48 @@ def test_curvature_may_have_another_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(q.codes, blaq.project(w, d.float(), "linear3").codes)
 
 
+@pytest.mark.parametrize("name", ["midrise2", "midrise3", "midrise4"])
+@pytest.mark.parametrize("weights", ["pruned", "ternary", "far apart"])
+def test_many_zeros_of_a_long_row_without_a_zero_level(weights: str, name: str) -> None:
+    """They cannot step, and draw the best scale below every magnitude."""
+    w, d = (t.float() for t in random_weights(80_000))
+    if weights == "pruned":
+        w = torch.where(w.abs() < w.abs().quantile(0.99), 0.0, w)
+    elif weights == "ternary":
+        w = torch.where(torch.arange(len(w)) % 10 < 7, 0.0, w.sign() * 0.1)
+    else:  # hardly anything but the zeros counts
+        w, d = torch.where(w.abs() < 1, 0.0, w), torch.where(w.abs() < 1, 1.0, 1e-30 * d)
+    grid = blaq.Grid.parse(name)
+    q = blaq.project(w, d, grid)
+    wide, metric = w.double(), d.double()
+    found = gain(grid.levels[q.codes.long()].double(), wide, metric)
+    magnitudes = grid.levels[grid.levels > 0].double()
+    for scale in torch.logspace(-34, 1, 400, dtype=torch.float64):
+        b = magnitudes[torch.bucketize(wide.abs() / scale, (magnitudes[1:] + magnitudes[:-1]) / 2)]
+        assert gain(torch.where(wide < 0, -b, b), wide, metric) <= found * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", GRIDS)
+def test_only_ratios_of_the_curvature_matter_however_small_or_large(name: str, solver: str) -> None:
+    w, d = random_weights(3, 12)
+    for weight in (w, w.float()):
+        expected = blaq.project(weight, d, name, "channel", solver)
+        for power in (-900, -200, 200, 900):
+            found = blaq.project(weight, d * 2.0**power, name, "channel", solver)
+            assert torch.equal(found.codes, expected.codes)
+            assert torch.equal(found.scale, expected.scale)
+        smallest = blaq.project(weight, torch.full_like(d, 5e-324), name, solver=solver)
+        assert torch.equal(smallest.scale, blaq.project(weight, torch.ones_like(d), name, solver=solver).scale)
+
+
+def test_either_side_of_two_scales_has_a_metric_of_its_own() -> None:
+    w, d = random_weights(20)
+    weight = w.float()
+    found = blaq.project(weight, torch.where(w < 0, d, d * 2.0**-300), "ternary2")
+    assert torch.equal(found.scale, blaq.project(weight, d, "ternary2").scale)
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 2, 4])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_layout_does_not_matter(solver: str, granularity: str | int) -> None:
@@ -596,6 +655,12 @@ def test_a_scalar_is_kept(name: str, solver: str) -> None:
     q = blaq.project(w, None, name, solver=solver)
     check_form(q, w, blaq.Grid.parse(name))
     torch.testing.assert_close(q.values, w, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 1])
+def test_a_scalar_is_one_row(granularity: str | int) -> None:
+    q = blaq.project(torch.tensor(-0.5), None, "linear3", granularity)
+    assert (q.values.item(), q.values.shape, q.codes.shape, q.scale.shape) == (-0.5, (), (), (1, 1))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 2])

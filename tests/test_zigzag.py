@@ -749,6 +749,25 @@ def test_a_closure_that_raises_leaves_everything(trial: str, call: int) -> None:
     assert_identical(task.everything(), before)
 
 
+def test_gradient_error_in_an_autocast_region_is_that_of_one_in_the_closure() -> None:
+    """Inside a region torch keeps the casts of weights, which are others at every evaluation, and afterwards."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(6, 4), torch.randn(8, 6)
+    opt = blaq.LAQ(blaq.param_groups(model, bits=1), module=model)
+
+    def closure() -> None:
+        opt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).square().mean().backward()
+
+    expected = gradient_error(opt, closure)["weight"]
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        assert torch.equal(gradient_error(opt, closure)["weight"], expected)
+        assert torch.equal(model(x), before)
+    assert expected > 0
+
+
 def test_gradient_error_enters_the_means() -> None:
     task = Task()
     zigzag = ZigZag(task.opt)
@@ -833,6 +852,24 @@ def test_compiled_products_are_compiled() -> None:
 # --- looking at codes -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(5, 30_000), (2, 70_000)], ids=["rows", "parts of rows"])
+@pytest.mark.parametrize("name", ["ternary2", "log3"])
+def test_a_look_in_blocks_sees_the_same(name: str, rows: int, columns: int) -> None:
+    """As a look at every row alone, which is told its own scale."""
+    torch.manual_seed(0)
+    grid = Grid.parse(name)
+    first, then = (blaq.project(torch.randn(rows, columns), None, grid, "channel") for _ in range(2))
+    direction = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
+    rates = torch.tensor([0.9, 0.1])
+    whole = (first.codes.clone(), direction.clone(), torch.zeros(rows, columns))
+    changed = look_fast(then.values, then.scale, *whole[:2], [whole[2], rates], grid, None)
+    assert int(changed) == int((first.codes != then.codes).sum())
+    assert torch.equal(whole[0], then.codes)
+    step = torch.sign(then.codes.float() - first.codes.float())
+    assert torch.equal(whole[1], torch.where(step == 0, direction, step.to(torch.int8)))
+    assert torch.equal(whole[2], torch.where(step * direction < 0, 0.1, 0.0))
+
+
 @pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["binary", "ternary", "ternary2", "linear3", "log3", "midrise2", "linear8"])
@@ -862,3 +899,25 @@ def test_a_compiled_look_sees_the_same(name: str, rows: int, counts: bool) -> No
     assert_identical(fast_ones, plain)
     codes_then, codes_now = plain[1], plain[1 + len(plain) // 3]
     assert int(plain[len(plain) // 3]) == int((codes_then != codes_now).sum()) > 0
+
+
+def test_weights_without_rows_are_probed() -> None:
+    parameters = [nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.ones(2, 4))]
+    opt = blaq.LAQ([{"params": parameters, "grid": "ternary", "granularity": "channel"}], lr=0.1)
+    zigzag = ZigZag(opt)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert zigzag.read()["total"].path_efficiency == pytest.approx(1.0)
+
+
+def test_a_straight_line_of_half_precision_is_straight() -> None:
+    p = nn.Parameter(torch.tensor([[1.0, 1.0, 1.0]], dtype=torch.bfloat16))
+    with pytest.warns(UserWarning, match="no parameter group has a grid"):
+        opt = blaq.LAQ([p], lr=0.1)
+    zigzag = ZigZag(opt)
+    for _ in range(27):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert zigzag.read()["total"].path_efficiency == pytest.approx(1.0, abs=1e-6)

@@ -89,7 +89,13 @@ def _long_side(row: Row, side: int | None, largest: Tensor, bins: Bins, grid: Gr
     """
     if not largest > 0:
         return largest.new_zeros(1)
-    cells = _first_cells(_smallest(row, side, bins), largest, grid)
+    smallest = _smallest(row, side, bins)
+    if not grid.has_zero:
+        # Zeros never step: where all other entries are outermost, they draw alpha below every magnitude.
+        at = bins.bounds(smallest.view(1) / 2)
+        drawn = torch.where(at.s1_low > 0, at.s1_low / at.s2_high, smallest)
+        smallest = torch.minimum(smallest, drawn.squeeze(0))
+    cells = _first_cells(smallest, largest, grid)
     # Bins cannot tell the entries inside them apart: cut until the cells are as narrow.
     cells = _prune(bins.bounds, cells, finest=2.0 ** -(row.digits + 1), few=lambda cells: not len(cells.highs))
     best = _best_of(row, side, bins, cells)
@@ -135,7 +141,8 @@ def _first_cells(smallest: Tensor, largest: Tensor, grid: Grid) -> Cells:
     """Cells over every alpha that can be the optimum.
 
     When all levels in use could be doubled (tripled where only odd levels exist), half (a third of) alpha does as well:
-    so the largest entry may be taken to reach a level that cannot. Where every entry is outermost, alpha is their mean.
+    so the largest entry may be taken to reach a level that cannot. Where every entry is outermost, alpha is their mean, or
+    below with zeros that cannot be: `smallest` is no more than either.
     """
     mids, factor = thresholds(grid).to(largest.device), 2 if grid.has_zero else 3
     reach = next(k for k, level in enumerate(grid.magnitudes) if level * factor > grid.magnitudes[-1])

@@ -113,12 +113,31 @@ def solve_scale(
     if w_RN.device.type in WITHOUT_FLOAT64:
         d, start = (None if t is None else t.cpu() for t in (d_RN, start_RS))
         return solve_scale(w_RN.cpu(), d, grid, solver, start).to(w_RN.device)
-    d_RN = w_RN.new_ones(()).expand_as(w_RN) if d_RN is None else d_RN.to(w_RN.dtype)  # a single 1 in memory
+    if d_RN is None:
+        d_RN = w_RN.new_ones(()).expand_as(w_RN)  # a single 1 in memory
+    elif d_RN.dtype == torch.float64:
+        d_RN = _normalized(d_RN, w_RN, grid)
+    d_RN = d_RN.to(w_RN.dtype)
     if solver == "exact":
         return exact(w_RN, d_RN, grid, loops).float()
     starts = torch.zeros(w_RN.shape[0], grid.scales) if start_RS is None else start_RS
     columns = zip(sides(w_RN, d_RN, grid), starts.to(w_RN.device).double().unbind(1), strict=True)
     return torch.cat([alternating(u, d, grid, start.unsqueeze(1)) for (u, d), start in columns], 1).float()
+
+
+def _normalized(d_RN: Tensor, w_RN: Tensor, grid: Grid) -> Tensor:
+    """The curvature, float64, over a power of two for each scale of a row, so that the largest is near 1: only ratios matter,
+    and neither products nor float32 shall lose them.
+    """
+    largest_RS = torch.cat([d.amax(1, keepdim=True) for _, d in sides(w_RN, d_RN, grid)], 1)
+    exponent = _entry_scale(w_RN, torch.frexp(largest_RS).exponent.long(), grid)
+    half = exponent // 2  # a power of the smallest number alone would not be finite
+    return d_RN * _power_of_two(-half) * _power_of_two(half - exponent)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 to the power of integers, float64, exactly."""
+    return ((exponent + 1023) << 52).view(torch.float64)
 
 
 def nearest_levels(w_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:

@@ -1,5 +1,6 @@
 """Mixed precision: GradScaler scales, overflow skips, autocast computes; and parameters in bfloat16, float16, float64."""
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -54,6 +55,25 @@ def test_a_scaler_goes_on_after_a_closure_that_raised(
     task.opt.step(scaled(task, scaler, 2), scaler=scaler)
     scaler.update()
     assert_identical(new_task().train(range(3)).everything(), task.everything())
+
+
+def test_a_scaler_goes_on_after_gradients_that_do_not_match(new_task: NewTask) -> None:
+    """Which is found when those of both evaluations have been unscaled."""
+    task, scaler = new_task(), GradScaler("cpu", init_scale=8.0)
+
+    def closure(missing: bool) -> Tensor:
+        task.opt.zero_grad()
+        loss = task.loss(0)
+        scaler.scale(loss).backward()
+        if missing and task.opt.in_trial:
+            task.model[4].bias.grad = None
+        return loss.detach()
+
+    with pytest.raises(ValueError, match=r"only one of the two evaluations gave a gradient to '4\.bias'"):
+        task.opt.step(lambda: closure(missing=True), scaler=scaler)
+    task.opt.step(lambda: closure(missing=False), scaler=scaler)
+    scaler.update()
+    assert task.opt.gradient_evaluations == 2
 
 
 def test_float16_is_not_unscaled(new_task: NewTask, assert_identical: Check) -> None:
@@ -348,6 +368,37 @@ def test_latent_weights_collect_what_bfloat16_would_lose() -> None:
     assert p.tolist() == [0.75, 0.75]
 
 
+@in_every_mode
+@pytest.mark.parametrize("way", ["step", "load_state_dict", "adopt_weights"])
+def test_autocast_forgets_the_weights_that_were(way: str, mode: str, new_task: NewTask) -> None:
+    """In one region around all of it, as a notebook has it: what follows computes with the new weights."""
+    task = new_task("linear3", trial=mode).train(range(2))
+    x = torch.randn(4, 6)
+    if way == "load_state_dict":
+        task.opt.eval()  # outside of it the weights come with the model
+    saved = copy.deepcopy(task.opt.state_dict())
+    if way == "load_state_dict":
+        task.opt.train()
+        task.train(range(2, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        task.model.eval()
+        before = task.model(x)
+        task.model.train()
+        if way == "step":
+            task.train([2])
+        elif way == "load_state_dict":
+            task.opt.load_state_dict(saved)
+        else:
+            for p in task.model.parameters():
+                p.data.neg_()
+            task.opt.adopt_weights()
+        task.model.eval()
+        after = task.model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(after, task.model(x))
+    assert not torch.equal(after, before)
+
+
 def test_autocast_forgets_the_trial_point_of_a_step_that_is_undone(new_task: NewTask) -> None:
     task = new_task().train(range(2))
     task.model.eval()
@@ -366,6 +417,20 @@ def test_autocast_forgets_the_trial_point_of_a_step_that_is_undone(new_task: New
             task.opt.step(closure)
         with torch.enable_grad():  # the cache is of weights that need a gradient
             assert torch.equal(task.model(x), expected)
+
+
+def test_autocast_forgets_the_trial_point_where_nothing_is_quantized() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.warns(UserWarning, match="nothing is quantized"):
+        opt = blaq.BLAQ(model.parameters(), lr=0.5, module=model)
+    x = torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        expected.sum().backward()
+        opt.forward_step()
+        assert not torch.equal(model(x), expected)
+        opt.abandon_step()
+        assert torch.equal(model(x), expected)
 
 
 def test_autocast_forgets_the_trial_point_in_eval(new_task: NewTask) -> None:

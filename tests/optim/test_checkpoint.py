@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from itertools import cycle, product
 from typing import Any
@@ -374,6 +375,26 @@ def test_nothing_is_saved_or_loaded_at_the_trial_point() -> None:
             attempt()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_every_entry_of_a_state_is_asked_for(mode: str) -> None:
+    """Of every parameter: whichever is missing or of another shape is told by name."""
+    run = Run(mode).train(2)
+    if mode == "past in eval":
+        run.opt.eval()
+    names = [name for group in run.opt.param_groups for name in group["param_names"]]
+    for index, name in enumerate(names):
+        for key, value in run.opt.state_dict()["state"][index].items():
+            saved = copy.deepcopy(run.opt.state_dict())
+            saved["state"][index][key] = torch.cat([value.reshape(-1), value.reshape(-1)])
+            with pytest.raises(
+                ValueError, match=rf": checkpoint has {key} of shape .* for '{re.escape(name)}', expected"
+            ):
+                run.opt.load_state_dict(saved)
+            del saved["state"][index][key]
+            with pytest.raises(ValueError, match=rf": checkpoint has no {key} for '{re.escape(name)}'\. "):
+                run.opt.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("key", ["latent", "exp_avg", "exp_avg_sq", "scale"])
 def test_a_state_that_is_not_finite_is_refused(key: str, new_task: Any, assert_identical: Any) -> None:
     task = new_task().train(range(2))
@@ -383,3 +404,27 @@ def test_a_state_that_is_not_finite_is_refused(key: str, new_task: Any, assert_i
     with pytest.raises(ValueError, match=rf"NaN or Inf in {key} of '0\.weight'"):
         task.opt.load_state_dict(state)
     assert_identical(before, task.everything())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
+def test_a_state_laid_out_otherwise_in_memory_is_the_same_state(granularity: str | int) -> None:
+    """As converters and `torch.channels_last` leave it: steps go over the memory row by row."""
+    ends = []
+    for turned in (False, True):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(6, 4, 3, 3))
+        opt = blaq.LAQ([{"params": [p], "grid": "ternary", "granularity": granularity}], lr=0.01)
+        for _ in range(3):
+            p.grad = torch.randn_like(p)
+            opt.step()
+            saved = opt.state_dict()
+            if turned:
+                state = saved["state"][0]
+                for key in ("latent", "exp_avg", "exp_avg_sq"):
+                    state[key] = state[key].transpose(0, 1).contiguous().transpose(0, 1)
+            opt.load_state_dict(saved)
+        ends.append(p.detach().clone())
+    if granularity == "tensor":  # then any order is as good, and sums round in theirs
+        torch.testing.assert_close(*ends)
+    else:
+        assert torch.equal(*ends)

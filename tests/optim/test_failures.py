@@ -223,6 +223,21 @@ def test_latent_weights_spoiled_between_steps_are_an_error(solver: str, bad: flo
     assert torch.equal(p, before)
 
 
+def test_a_spoiled_latent_weight_in_the_place_of_the_last_one_is_an_error() -> None:
+    """Even if it has been written to as often."""
+    p = nn.Parameter(torch.linspace(-1, 1, 12))
+    opt = blaq.LAQ([{"params": [p], "grid": "ternary", "param_names": ["p"]}])
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    spoiled = torch.full_like(p, torch.nan, requires_grad=False)
+    while spoiled._version < opt.state[p]["latent"]._version:
+        spoiled.mul_(1)
+    opt.state[p]["latent"] = spoiled
+    with pytest.raises(ValueError, match="the latent weight of 'p' is NaN, Inf"):
+        opt.step()
+
+
 @pytest.mark.parametrize("steps", [0, 1, 4], ids=lambda steps: f"after {steps}")
 @pytest.mark.parametrize("mode", ["fresh", "none", "past", "delayed"])
 @pytest.mark.parametrize("many", [False, True], ids=["alone", "together"])

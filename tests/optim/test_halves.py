@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -89,6 +90,41 @@ def test_abandoned_step(with_evaluation: bool, new_task: NewTask, assert_identic
     assert_identical(before, task.everything())
     opt.abandon_step()  # harmless
     assert_identical(before, task.everything())
+
+
+def test_halves_may_follow_a_step_without_a_trial(new_task: NewTask, assert_identical: Check) -> None:
+    """Its one evaluation is none of theirs."""
+    expected = new_task(trial_every=2).train(range(2))
+    task = new_task(trial_every=2).train([0])
+    by_halves(task, 1)
+    assert_identical(expected.everything(), task.everything())
+
+
+def test_an_abandoned_step_leaves_alone_what_had_no_gradient(new_task: NewTask) -> None:
+    """Also a write from outside, which is for the next step with a gradient to find."""
+    task = new_task().train(range(2))
+    first, last = task.model[0], task.model[4]
+    last.requires_grad_(False)
+    task.closure(2)()
+    task.opt.forward_step()
+    with torch.no_grad():
+        last.weight.fill_(3.0)
+        last.bias.fill_(5.0)
+    task.opt.abandon_step()
+    assert last.weight.unique().tolist() == [3.0]
+    assert last.bias.unique().tolist() == [5.0]
+    assert torch.equal(task.opt.codes(first.weight), blaq.project(first.weight, None, "ternary", "channel").codes)
+
+
+def test_a_skipped_mini_batch_is_none_of_the_next_step(new_task: NewTask, assert_identical: Check) -> None:
+    """Whether its pass was told of or not."""
+    ends = []
+    for told in (False, True):
+        task = new_task().train(range(2))
+        with task.opt.evaluation() if told else nullcontext():
+            task.loss(2)
+        ends.append(task.train([3]).everything())
+    assert_identical(*ends)
 
 
 @pytest.mark.parametrize("half", ["first", "second"])

@@ -239,7 +239,11 @@ def test_a_learning_rate_in_a_tensor_is_read_at_every_step() -> None:
     assert not torch.equal(next(problem.model.parameters()), ends[0][0])  # without the scheduler it ends elsewhere
 
 
-@pytest.mark.parametrize("method", [blaq.BLAQ, blaq.LAQ])
+class Subclass(blaq.LAQ):
+    """Of a user; it has no ``__init__`` of its own."""
+
+
+@pytest.mark.parametrize("method", [blaq.BLAQ, blaq.LAQ, Subclass])
 def test_one_warning_where_nothing_is_quantized(method: type[blaq.BLAQ]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import blaq
 from blaq.optim import batches, compiled
 from blaq.optim.batches import Kept
+from blaq.optim.rows import Rows
 
 Check = Callable[..., None]
 
@@ -156,6 +158,15 @@ def test_batches_are_kept(new_task: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(sorted_anew) == 1
 
 
+def test_groups_in_the_place_of_others_are_those_that_count(new_task: Any) -> None:
+    """Even with the same parameters, and the same state."""
+    task = new_task("ternary", trial="none").train(range(3))
+    before = [task.opt.latent(p).clone() for p in parameters(task.opt)]
+    task.opt.param_groups[:] = [{**group, "lr": 0.0} for group in task.opt.param_groups]
+    task.train([3])
+    assert all(map(torch.equal, before, map(task.opt.latent, parameters(task.opt))))
+
+
 @pytest.mark.parametrize("trial", ["none", "fresh", "past", "delayed"])
 def test_no_gradient_outlives_its_step(trial: str, new_task: Any) -> None:
     task = new_task("ternary", "channel", "alternating", trial=trial).train(range(2))
@@ -234,3 +245,36 @@ def test_states_in_memory_of_several_processes_stay_there() -> None:
             p.grad = torch.ones_like(p)
         opt.step()
     assert all(value.is_shared() for p in parameters for value in opt.state[p].values())
+
+
+def test_states_that_lie_side_by_side_by_chance_are_no_matrix() -> None:
+    """Memories of their own, of which no view goes from one to the other."""
+    memory = np.arange(24, dtype=np.float32)
+    given = [torch.from_numpy(memory[:12]), torch.from_numpy(memory[12:])]
+    assert given[0].data_ptr() + 48 == given[1].data_ptr()
+    rows = Rows(given, given)
+    assert rows.view((2, 12)) is None
+    assert rows.take((2, 12)).tolist() == memory.reshape(2, 12).tolist()
+    rows.put(torch.ones(2, 12))
+    assert memory.tolist() == [1.0] * 24
+
+
+@pytest.mark.parametrize("grid", ["ternary", None])
+@pytest.mark.parametrize("count", [1, 2])
+def test_parameters_that_were_cast_hold_what_is_computed_in_the_old_dtype(count: int, grid: str | None) -> None:
+    """`model.bfloat16()` of a model in training: the states stay in float32."""
+    held = []
+    for cast in (False, True):
+        given = [nn.Parameter(torch.linspace(-0.5, 1, 6)) for _ in range(count)]
+        other = nn.Parameter(torch.ones(2, 2))  # so that something is quantized
+        groups: list[dict[str, Any]] = [{"params": given, "grid": grid}, {"params": [other], "grid": "binary"}]
+        opt = blaq.BLAQ(groups, lr=0.1, trial="past")
+        for step in range(4):
+            if step == 1 and cast:
+                for p in given:
+                    p.data = p.data.bfloat16()
+            for p in given:
+                p.grad = torch.sin(torch.arange(6.0) + step).bfloat16().to(p.dtype)
+            opt.step()
+        held.append([*(p.detach().bfloat16() for p in given), *(opt.latent(p) for p in given)])
+    assert all(map(torch.equal, *held))

@@ -74,6 +74,16 @@ def test_past_evaluates_the_projection_of_the_latent_weight(solver: str, new_tas
         task.train([step])
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_past_evaluates_in_the_metric_of_its_group(solver: str, new_task: NewTask) -> None:
+    task = new_task("linear3", solver=solver, trial="past", curvature="unit").train(range(4))
+    p = task.model[0].weight
+    expected = blaq.project(task.opt.latent(p), None, "linear3", "channel")
+    task.opt.eval()
+    assert torch.equal(p, expected.values)
+    assert torch.equal(task.opt.scale(p), expected.scale)
+
+
 @pytest.mark.parametrize("mode", ["fresh", "none"])
 def test_elsewhere_eval_changes_nothing(mode: str, new_task: NewTask, assert_identical: Check) -> None:
     task = new_task(trial=mode).train(range(3))

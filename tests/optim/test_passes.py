@@ -239,6 +239,17 @@ def test_small_networks_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not blaq.LAQ(blaq.param_groups(large, 1), compile=False).compiles
 
 
+def test_weights_of_a_group_added_later_count_too() -> None:
+    opt = blaq.LAQ([{"params": [nn.Parameter(torch.ones(2, 3))], "grid": 1}])
+    assert not opt.compiles
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(512, 512))]})  # it has no grid
+    assert not opt.compiles
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(512, 511))], "grid": 1})
+    assert not opt.compiles
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(506))], "grid": 1})  # 2^18 by now
+    assert opt.compiles
+
+
 @pytest.mark.parametrize("trial", ["none", "fresh", "past", "delayed"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
 def test_equal_parameters_step_together_as_they_would_alone(
@@ -286,6 +297,29 @@ def test_a_gradient_in_shared_memory_is_copied() -> None:
         p.grad = bucket_now.view(3, 4)
         opt.backtrack_step()
         bucket.copy_(kept)
+        ends.append(opt.latent(p).clone())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("of", ["all of a bucket", "a place of one"])
+def test_a_gradient_in_memory_of_others_is_copied(of: str) -> None:
+    """One that only its being a view tells, and one that only the size of its memory tells."""
+    ends = []
+    for shared in (False, True):
+        bucket = torch.linspace(1, -1, 12 if of == "all of a bucket" else 15)
+        p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        opt = blaq.BLAQ([{"params": [p], "grid": "ternary"}], lr=0.1)
+        if of == "all of a bucket":
+            p.grad = bucket.view(3, 4)
+        else:
+            p.grad = torch.empty(0).set_(bucket.untyped_storage(), 3, (3, 4), (4, 1))  # type: ignore[call-overload]
+        opt.forward_step()
+        if shared:
+            p.grad = torch.empty(0).set_(bucket.untyped_storage(), len(bucket) - 12, (3, 4), (4, 1))  # type: ignore[call-overload]
+            p.grad.fill_(0.5)
+        else:
+            p.grad = torch.full((3, 4), 0.5)
+        opt.backtrack_step()
         ends.append(opt.latent(p).clone())
     assert torch.equal(*ends)
 

@@ -230,3 +230,44 @@ def test_a_trained_layer_takes_every_level(grid: str, compile: bool) -> None:
         p.grad = torch.randn(64, 64, generator=generator)
         opt.step()
     assert p.unique().numel() == len(blaq.Grid.parse(grid).levels)
+
+
+@pytest.mark.parametrize("trial", ["none", "fresh", "past"])
+def test_the_closed_form_is_exact_to_the_last_digit(trial: str) -> None:
+    """With the exact solver and curvature 1: the mean of magnitudes, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(32, 3001, generator=generator))
+    group = {"params": [p], "grid": "binary", "granularity": "channel", "solver": "exact"}
+    opt = blaq.BLAQ([group], lr=0.1, trial=trial, curvature="unit", compile=False)
+    for _ in range(2):
+        for half in (opt.forward_step, opt.backtrack_step) if trial == "fresh" else (opt.step,):
+            p.grad = torch.randn(p.shape, generator=generator)
+            half()
+        at_trial = opt.scale(p)
+        opt.eval()
+        expected = opt.latent(p).double().abs().mean(1, keepdim=True).float()
+        assert torch.equal(opt.scale(p), expected)
+        opt.train()
+        assert torch.equal(at_trial, expected) == (trial != "past")
+
+
+@pytest.mark.parametrize("solver", ["exact", "alternating"])
+@pytest.mark.parametrize("trial", ["none", "fresh", "past", "delayed"])
+def test_a_parameter_in_bfloat16_is_stepped_as_one_in_float32(trial: str, solver: str) -> None:
+    """Only what it holds is rounded: not the trial point, nor the metric, which are computed in its place."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 40_000, generator=generator).bfloat16()
+    narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    opts = [
+        blaq.BLAQ([{"params": [p], "grid": "linear3", "solver": solver}], lr=0.01, trial=trial, compile=False)
+        for p in (narrow, wide)
+    ]
+    for _ in range(3):
+        for half in ("forward_step", "backtrack_step") if trial == "fresh" else ("step",):
+            grad = torch.randn(start.shape, generator=generator).bfloat16()
+            for p, opt in zip((narrow, wide), opts, strict=True):
+                p.grad = grad.to(p.dtype)
+                getattr(opt, half)()
+            assert torch.equal(narrow, wide.bfloat16())
+            assert torch.equal(opts[0].scale(narrow), opts[1].scale(wide))
+        assert torch.equal(opts[0].latent(narrow), opts[1].latent(wide))

@@ -294,3 +294,45 @@ def test_a_compiled_model_is_compiled_once(
     assert [tensor.data_ptr() for tensor in model.state_dict().values()] == storage  # written in place, never replaced
     train(*plain, 6)
     assert_identical(everything(opt), everything(plain[1]))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about what it leaves out
+@pytest.mark.parametrize("what", ["step", "loop"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_loop_trains_as_a_plain_one(
+    mode: str, what: str, everything: Everything, assert_identical: Check
+) -> None:
+    torch._dynamo.reset()
+    ends = []
+    for compiled in (False, True):
+        model, opt = build(mode)
+        inputs = torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(3))
+
+        def closure(x: Tensor, model: nn.Module = model, opt: blaq.BLAQ = opt) -> Tensor:
+            opt.zero_grad()
+            loss = (model(x) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        def loop(x: Tensor, opt: blaq.BLAQ = opt, closure: Callable[[Tensor], Tensor] = closure) -> None:
+            if opt.trial != "fresh":
+                closure(x)
+                opt.step()
+                return
+            with opt.evaluation():
+                closure(x)
+            opt.forward_step()
+            with opt.evaluation():
+                closure(x)
+            opt.backtrack_step()
+
+        def step(x: Tensor, opt: blaq.BLAQ = opt, closure: Callable[[Tensor], Tensor] = closure) -> None:
+            opt.step(lambda: closure(x))
+
+        call = {"loop": loop, "step": step}[what]
+        call = torch.compile(call, backend="eager") if compiled else call
+        torch.manual_seed(0)
+        for x in inputs:
+            call(x)
+        ends.append(everything(opt))
+    assert_identical(*ends)

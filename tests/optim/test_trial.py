@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import blaq
+from blaq.optim.trial import BufferState
 
 Check = Callable[..., None]
 NewTask = Callable[..., Any]
@@ -138,6 +139,16 @@ def test_buffers_are_the_same_tensors_afterwards() -> None:
     assert all(model.get_buffer(name) is buffer for name, buffer in held.items())
 
 
+def test_a_buffer_with_an_axis_of_one_entry_is_brought_back() -> None:
+    """Whose stride may be 0 as in an expanded one, and torch writes into it."""
+    module = nn.Module()
+    module.register_buffer("kept", torch.zeros(4, 4).as_strided((1, 4, 2), (0, 4, 1)))
+    state = BufferState(module)
+    module.kept.fill_(1.0)  # type: ignore[operator,union-attr]
+    state.restore()
+    assert not module.kept.any()  # type: ignore[operator,union-attr]
+
+
 @pytest.mark.parametrize("when", ["first", "second"])
 @in_every_model
 def test_an_exception_brings_every_buffer_back(
@@ -186,3 +197,34 @@ def test_the_second_evaluation_holds_two_sets_of_gradients_at_most(new_task: Any
 
     task.opt.step(closure)
     assert alive == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("layout", ["csr", "coo"])
+def test_sparse_buffers_are_left_as_the_first_evaluation_left_them(layout: str) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            matrix = torch.eye(4)
+            self.register_buffer("matrix", matrix.to_sparse_csr() if layout == "csr" else matrix.to_sparse())
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(self.matrix @ x)
+            self.passes += 1
+            self.matrix.mul_(0.5)
+            return y
+
+    model = Graph()
+    opt = blaq.BLAQ(blaq.param_groups(model, 2), lr=0.1, module=model)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = model(torch.ones(4, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    assert model.passes == 2
+    assert torch.equal(model.matrix.to_dense(), 0.5 * torch.eye(4))

@@ -132,6 +132,56 @@ def test_a_write_at_a_trial_point_is_noticed(
     task.train(range(3, 5))
 
 
+@pytest.mark.parametrize("write", [lambda p: p.zero_(), lambda p: p[:1].zero_()])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias"])
+def test_a_write_is_noticed_after_an_evaluation_too(
+    name: str, write: Callable[[Tensor], Tensor], new_task: NewTask
+) -> None:
+    """Back at the trial point it is known what it was."""
+    task = new_task("ternary", trial="past").train(range(3))
+    task.opt.eval()
+    task.opt.train()
+    with torch.no_grad():
+        write(task.model.get_parameter(name))
+    with pytest.raises(ValueError, match=rf"'{name}' was changed outside the optimizer"):
+        task.train([3])
+
+
+@pytest.mark.parametrize("moment", ["built", "copied while evaluating"])
+def test_a_write_on_the_grid_is_noticed_where_no_trial_point_is_held(moment: str, new_task: NewTask) -> None:
+    """What is held then can be computed from the latent weights, so the grid alone does not decide."""
+    task = new_task("ternary", trial="past")
+    if moment != "built":
+        task.train(range(3)).opt.eval()
+        task = copy.deepcopy(task)
+    with torch.no_grad():
+        task.model[0].weight.zero_()
+    for p in task.model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match=r"'0.weight' was changed outside the optimizer"):
+        (task.opt.step if moment == "built" else task.opt.train)()
+
+
+def test_a_trial_point_of_another_learning_rate_is_no_write(new_task: NewTask) -> None:
+    """Which a loaded state does not tell: a scheduler that is built after it sets its own."""
+    task = new_task(trial="past").train(range(3))
+    task.opt.load_state_dict(task.opt.state_dict())
+    for group in task.opt.param_groups:
+        group["lr"] = 0.01
+    task.model.load_state_dict(task.model.state_dict())  # versions do not tell either
+    task.train([3])
+
+
+def test_latent_weights_and_scales_are_for_reading(new_task: NewTask) -> None:
+    """No graph hangs on them, and what is done to a scale is not done to the optimizer's."""
+    for mode in ("past", "none"):
+        task = new_task(trial=mode)
+        assert not any(task.opt.latent(p).requires_grad for p in task.model.parameters())
+        p = task.model[0].weight
+        task.opt.scale(p).zero_()
+        assert (task.opt.scale(p) > 0).all()
+
+
 @pytest.mark.parametrize("value", [123.0, torch.nan])
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_single_write_into_a_large_tensor_is_noticed(compile: bool, value: float) -> None:
@@ -292,6 +342,19 @@ def test_writes_around_eval_are_noticed(
     assert_identical(before, task.everything())
 
 
+def test_a_write_around_eval_is_noticed_before_the_first_step_too(new_task: NewTask) -> None:
+    """Of a weight without a grid: in training it belongs to the user until then, in `eval` it would be thrown away."""
+    task = new_task(trial="past")
+    task.opt.eval()
+    with torch.no_grad():
+        task.model[0].bias.fill_(7.0)
+    with pytest.raises(ValueError, match=r"'0\.bias' was changed outside the optimizer and is no longer what it wrote"):
+        task.opt.train()
+    task.opt.adopt_weights()
+    task.opt.train()
+    assert task.model[0].bias.tolist() == task.opt.latent(task.model[0].bias).tolist() == [7.0] * 8
+
+
 def test_weights_of_an_evaluation_can_be_adopted(new_task: NewTask, checkpoint: dict[str, Tensor]) -> None:
     task = new_task(trial="past").train(range(2))
     task.opt.eval()
@@ -307,6 +370,23 @@ def test_weights_of_an_evaluation_can_be_adopted(new_task: NewTask, checkpoint: 
     state = task.opt.state[task.model[0].weight]
     assert {"trial", "trial_scale"}.isdisjoint(state)
     task.train([2, 3])
+
+
+@pytest.mark.parametrize("bits", ["ternary", "ternary2"])
+def test_weights_adopted_in_an_evaluation_are_trained_with_their_scale(bits: str, new_task: NewTask) -> None:
+    """There is no trial point of theirs yet, so training goes on from the same values."""
+    task = new_task(bits, trial="past").train(range(3))
+    p, weight = task.model[0].weight, torch.linspace(-1, 1, 48).view(8, 6)
+    expected = blaq.project(weight, None, bits, "channel")
+    task.opt.eval()
+    with torch.no_grad():
+        p.copy_(weight)
+    task.opt.adopt_weights()
+    for call in (task.opt.train, task.opt.eval):
+        assert torch.equal(p, expected.values)
+        assert torch.equal(task.opt.scale(p), expected.scale)
+        assert torch.equal(task.opt.codes(p), expected.codes)
+        call()
 
 
 @in_every_mode
@@ -415,6 +495,22 @@ def test_empty_and_single_weights(shape: tuple[int, ...], grid: str | None, solv
         torch.testing.assert_close(p.detach(), before - 0.125)
         if grid is not None:
             assert opt.codes(p).shape == shape
+
+
+@pytest.mark.parametrize("mode", ["fresh", "past", "delayed", "none"])
+@pytest.mark.parametrize("grid", ["log4", "linear3"])
+def test_no_weights_of_half_precision(grid: str, mode: str) -> None:
+    """All that is empty has the same address, whatever its dtype."""
+    parameters = [nn.Parameter(torch.empty(0, 4).bfloat16()), nn.Parameter(torch.ones(2, 4).bfloat16())]
+    opt = blaq.BLAQ([{"params": parameters, "grid": grid}], trial=mode)
+
+    def closure() -> None:
+        opt.zero_grad()
+        sum(p.sum() for p in parameters).backward()
+
+    for _ in range(2):
+        opt.step(closure)
+    assert [float(opt.state[p]["step"]) for p in parameters] == [2, 2]
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -1,6 +1,6 @@
 """An optimizer whose parameters hold quantized weights, and whose state holds the latent ones.
 
-Here: groups, state, what the parameters hold, checkpoints. The steps are in `blaq.optim.blaq`.
+Here: groups, state, what the parameters hold, checkpoints. The steps are in `blaq.optim.halves` and `blaq.optim.blaq`.
 """
 
 import warnings
@@ -56,10 +56,11 @@ class LatentOptimizer(Optimizer):
         super().__init__(params, {**options, **GROUP_DEFAULTS})
         check_trial_every(self._owner, self.param_groups[0])
         if all(group["grid"] is None for group in self.param_groups):
+            mro = type(self).__mro__
             warnings.warn(
                 f"{self._owner}: no parameter group has a grid, so nothing is quantized; build the groups with "
                 "blaq.param_groups(model, bits=...).",
-                stacklevel=2 + type(self).__mro__.index(LatentOptimizer),
+                stacklevel=2 + sum("__init__" in vars(of) for of in mro[: mro.index(LatentOptimizer)]),
             )
         self._initialize(self.param_groups)
         self._constructed = True
@@ -98,10 +99,13 @@ class LatentOptimizer(Optimizer):
             raise ValueError(f"{self._owner}: '{self._name(p)}' has no grid; its value is the parameter itself.")
         return self._scale_held(p).clone()
 
+    @compiled.untraced
     @torch.no_grad()
     def adopt_weights(self) -> None:
         """Go on from weights written since the last step, say those of a float checkpoint: they become latent weights, and
         are quantized. Parameters that still hold what the optimizer wrote keep their latent weights; all keep their moments.
+        (With ``trial="past"``, after loading and before the next step, what it wrote is computed with the learning rate of
+        now: call this before a scheduler changes that.)
 
         Raises:
             ValueError: a weight that is NaN or Inf; nothing is changed then.
@@ -122,6 +126,7 @@ class LatentOptimizer(Optimizer):
         for observer in self.observers if written else ():
             observer.after_adoption(before)
 
+    @compiled.untraced
     @torch.no_grad()
     def eval(self) -> None:
         """Let the parameters hold the weights to evaluate and to ship. With ``trial="past"`` these differ from the trial
@@ -149,6 +154,7 @@ class LatentOptimizer(Optimizer):
             raise
         self._set_all(evaluating=True)
 
+    @compiled.untraced
     @torch.no_grad()
     def train(self) -> None:
         """Go back to training after `eval`. Idempotent.

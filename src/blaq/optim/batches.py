@@ -111,7 +111,9 @@ class Batch:
     def in_rows(self, key: str, matrix: Tensor) -> Tensor:
         """A matrix of another shape in rows: where it is the memory of an entry, the view that is kept of that."""
         view = self._rows_of(key).view(self.shape)
-        return matrix.view(self.shape) if view is None or view.data_ptr() != matrix.data_ptr() else view
+        # Tensors without entries all have the same address.
+        same = view is not None and view.dtype == matrix.dtype and view.data_ptr() == matrix.data_ptr()
+        return view if view is not None and same else matrix.view(self.shape)
 
     def scales(self) -> Tensor:
         """The scales that the projection starts from, (rows of all, S)."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from blaq.grids import Grid
+from blaq.optim.held import laid_out
 from blaq.optim.options import FORMAT, GROUP_DEFAULTS, REMEMBERING, SHARED, parameter_name
 from blaq.optim.update import Group
 from blaq.projection import row_shape
@@ -69,7 +70,8 @@ def repair_dtypes(saved: dict[str, Any], groups: list[Group], state: MutableMapp
             elif key in _LIKE_PARAMETER:
                 least = p.dtype if group["grid"] is None and p.dtype.itemsize < 4 else torch.float32
                 wide = torch.promote_types(value.dtype, least)
-                state[p][key] = value.to(device=p.device, dtype=wide, copy=True)
+                copy = value.to(device=p.device, dtype=wide, copy=True)
+                state[p][key] = copy if group["grid"] is None else laid_out(copy, group["granularity"])
             elif key in ("scale", "trial_scale"):
                 state[p][key] = value.to(device=p.device, copy=True)
             elif key in ("step", "trial_step"):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 # Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
 COMPILED_FROM = 2**18
@@ -26,6 +27,9 @@ _COMPILER = {
 }
 
 Options = tuple[tuple[str, Any], ...]
+
+untraced = _disable_dynamo
+"""Leaves a function out of what a user compiles; `torch.compiler.disable`, but the compiler is not imported at once."""
 
 _log = logging.getLogger("blaq")
 

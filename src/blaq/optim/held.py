@@ -32,7 +32,7 @@ def initial_state(p: Tensor, name: str, group: Group) -> State:
     Raises:
         ValueError: a latent weight that is NaN or Inf.
     """
-    work = p if group["grid"] is None else _laid_out(widen(p), group["granularity"])
+    work = p if group["grid"] is None else laid_out(widen(p), group["granularity"])
     state: State = {"step": _counter(), "exp_avg": torch.zeros_like(work), "exp_avg_sq": torch.zeros_like(work)}
     if group["grid"] is not None or group["trial"] == "past":
         check_finite(p, f"'{name}'")
@@ -45,7 +45,7 @@ def initial_state(p: Tensor, name: str, group: Group) -> State:
     return state
 
 
-def _laid_out(work: Tensor, granularity: str | int) -> Tensor:
+def laid_out(work: Tensor, granularity: str | int) -> Tensor:
     """The weight with its rows one after the other in memory, as steps take them; their order inside a row is free, but for
     groups. So channels-last convolutions stay as they are.
     """

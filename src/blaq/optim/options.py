@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import is_, itemgetter
@@ -66,6 +67,11 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
             raise ValueError(
                 f"{owner}: '{name}' is on the meta device and holds no values; materialize the model first."
             )
+        if isinstance(parameter, _sharded()):
+            raise ValueError(
+                f"{owner}: '{name}' is spread over processes ({type(parameter).__name__}, as FSDP2 and tensor parallelism make "
+                "it), and steps need whole parameters; train with DistributedDataParallel."
+            )
         if grid is not None and parameter.device.type in projection.WITHOUT_FLOAT64:
             raise ValueError(
                 f"{owner}: '{name}' is on {parameter.device}, which has no float64, and steps add up in it; move the model to "
@@ -74,6 +80,12 @@ def check_group(owner: str, group: dict[str, Any], known: Iterable[str], index: 
         if grid is not None:
             row_shape(parameter.shape, group["granularity"], f"{owner}: '{name}' ")
     _check_eps(owner, group, index)
+
+
+def _sharded() -> tuple[type, ...]:
+    """Classes of tensors of which a process holds a part; none where their module, which is slow to import, is not in use."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return (module.DTensor,) if module is not None and hasattr(module, "DTensor") else ()
 
 
 class Edits:

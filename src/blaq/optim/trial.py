@@ -81,6 +81,8 @@ def _all_modules(module: nn.Module) -> Iterable[nn.Module]:
 
 def _is_writable(buffer: Tensor) -> bool:
     """False where torch itself refuses to write, so that no forward pass can have written."""
+    if buffer.layout != torch.strided:
+        return not buffer.is_inference()
     shared = not buffer.is_contiguous() and any(
         size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
     )

@@ -84,16 +84,14 @@ class Written:
         """`is_ours` by the values themselves, which sees what was written through ``.data`` too."""
         known = self._records.get(id(p))
         ahead = known.ahead if known is not None else None
-        if group["grid"] is not None and not held.is_on_grid(p, state["scale"], group):
-            return False
         at_trial_point = _at_trial_point(group, state)
-        unknown = (
-            ahead is None if at_trial_point else known is None and group["trial"] == "past" and not group["evaluating"]
-        )
-        if unknown and group["grid"] is not None:
-            return (
-                True  # it cannot be computed again: a step may have been broken off, and the state gone on without it
-            )
+        if group["grid"] is not None:
+            if not held.is_on_grid(p, state["scale"], group):
+                return False
+            training_past = group["trial"] == "past" and not group["evaluating"]
+            if ahead is None if at_trial_point else known is None and training_past:
+                # Which point it is, is not known: a step may have been broken off, and the state gone on without it.
+                return True
         if at_trial_point:
             # Without a record the learning rate may have been another one: then it is adopted, a step ahead.
             ahead = ahead or Rates.of(group, int(state["trial_step"]) + 1)

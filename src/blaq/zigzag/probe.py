@@ -10,6 +10,7 @@ from blaq.grids import Grid
 from blaq.optim.blaq import BLAQ
 from blaq.optim.compiled import Codes, surroundings
 from blaq.optim.options import parameter_name
+from blaq.projection import widen
 from blaq.zigzag.codes import codes_held, look_fast
 from blaq.zigzag.measures import TOTAL, Measures, gradient_error
 from blaq.zigzag.products import Products, moved, norms, products, with_total
@@ -28,7 +29,7 @@ class _Layer:
     def __init__(self, opt: BLAQ, name: str, p: Tensor, grid: Grid | None) -> None:
         self.opt, self.name, self.p = opt, name, p
         self.grid = grid
-        self.origin = self.latent.clone()  # w_0
+        self.origin = widen(self.latent).clone()  # w_0
         self.codes: Tensor | None = None  # uint8
         self.direction: Tensor | None = None  # int8: of the last change of a code
         self.frequency: Tensor | None = None  # float32
@@ -60,7 +61,7 @@ class _Layer:
     def _held(self) -> tuple[Tensor, Tensor]:
         """What the parameter holds, in rows, and its scales."""
         scale = self.opt.state[self.p]["scale"]
-        return self.p.detach().reshape(len(scale), -1), scale
+        return self.p.detach().reshape(len(scale), self.p.numel() // max(len(scale), 1)), scale
 
     def look_away(self) -> None:
         """Take the codes as they are, and count no change."""
@@ -214,7 +215,7 @@ class ZigZag:
         """See `blaq.optim.observer.StepObserver`. It is no motion: the path goes on elsewhere, and codes are looked at anew."""
         for layer in self._layers:
             if layer.p in before:
-                layer.origin += layer.latent - before[layer.p]
+                layer.origin += widen(layer.latent) - widen(before[layer.p])
                 layer.look_away()
         self._kept = -1
 
@@ -254,7 +255,7 @@ class ZigZag:
         table: dict[str, Tensor] = {
             name: sums / counts for name, sums, counts in zip(_MEANS, self._sums, self._counts, strict=True)
         }
-        displacement = norms([layer.latent - layer.origin for layer in self._layers])
+        displacement = norms([widen(layer.latent) - layer.origin for layer in self._layers])
         table["path_efficiency"] = displacement / (self._path[0] + (self._steps - self._measured) * self._path[1])
         table["oscillation_frequency"] = torch.full_like(displacement, torch.nan)
         if self.quantized and self._probes:
