@@ -1,6 +1,7 @@
 """``blaq bench``: the float32 model it compares with, the arithmetic of its numbers, its words. Nothing here is timed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ def test_the_twin_is_the_model_in_float32(suffix: str, preset: str, tmp_path: Pa
         kinds = {node.get_type_name() for node in ov.Core().read_model(twin).get_ordered_ops()}
         assert not kinds & {"PRelu", "Pad", "Subtract"}
         assert floats <= twin.with_suffix(".bin").stat().st_size < floats + 600
+
+
+class Transition(nn.Module):
+    """A matrix that is called T, multiplied with from either side."""
+
+    def __init__(self, left: bool) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.T, self.left = nn.Parameter(torch.randn(32, 32)), left
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.T if self.left else nn.functional.linear(x, self.inner.T)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_twin_of_a_matrix_with_a_name_like_a_transpose(left: bool, suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, path = Transition(left).eval(), torch.randn(3, 32), tmp_path / f"model{suffix}"
+    opt = blaq.LAQ(blaq.param_groups(model, 4, rules={"inner.T": 4}))
+    (blaq.export_onnx if suffix == ".onnx" else blaq.export_openvino)(model, opt, x, path)
+    twin = write_float32(open_session(path), path, tmp_path)
+    expected = model(x).detach().numpy()
+    assert np.abs(open_session(twin).run(x.numpy()) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["lenet5", "char_lstm"])
@@ -216,6 +240,8 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, monkeypatch:
         (["model.xml", "--batches", "1,x"], "expected numbers separated by commas"),
         (["model.xml", "--batches", "0"], "expected at least one, each 1 or more"),
         (["model.xml", "--out", "none/bench.json"], "there is no directory 'none'"),
+        (["model.xml", "--out", "compressed"], "--out compressed: expected the name of a file, new or to be replaced"),
+        (["model.xml", "--out", "pipe"], "--out pipe: expected the name of a file, new or to be replaced"),
     ],
 )
 def test_errors_are_one_line(
@@ -224,6 +250,7 @@ def test_errors_are_one_line(
     monkeypatch.chdir(tmp_path)
     Path("model.safetensors").touch()
     Path("compressed").mkdir()
+    os.mkfifo("pipe")
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     assert message in result.stderr

@@ -158,6 +158,16 @@ def test_nothing_to_pack_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "weight_shape"])
+def test_no_tensor_of_the_model_is_written_over(name: str, tmp_path: Path) -> None:
+    model = network()
+    model[1].register_buffer(name, torch.ones(3))
+    opt = blaq.LAQ(blaq.param_groups(model, 4, rules={"0": 4}))
+    with pytest.raises(ValueError, match=rf"the packed '1.weight' needs the name '1.{name}'; rename that tensor"):
+        save_compressed(model, opt, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     model = network()
     opt = blaq.LAQ(blaq.param_groups(model, 2))

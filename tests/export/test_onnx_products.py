@@ -1,6 +1,6 @@
 """Quantized weights in a graph: ONNX Runtime's products against numpy, for every grid, shape and way a weight is taken.
 
-No torch export here: the graphs are written by hand, and sessions have the default options that a user's have.
+Hardly any torch export here: the graphs are written by hand, and sessions have the default options that a user's have.
 """
 
 import json
@@ -13,13 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
-from blaq.export.layers import QuantizedWeight
+import blaq
+from blaq.export.layers import QuantizedWeight, quantized_weights
 from blaq.export.onnx import FORMAT_VERSION
 from blaq.export.onnx_containers import PRESETS, Container, Preset, compute_bits, packed, storage, table
 from blaq.export.onnx_graph import WeightGraph
 from blaq.export.onnx_session import OnnxSession
+from blaq.export.runtimes import open_session
+from blaq.export.verify import VerificationError, verify_weights
 from blaq.grids import GRIDS, Grid
 
 FLOAT = TensorProto.FLOAT
@@ -313,3 +317,34 @@ def test_storage_is_dense() -> None:
     per_byte = [table(np.zeros(1), storage(levels)).shape[1] for levels in (2, 3, 4, 7, 15, 16, 17, 256)]
     assert per_byte == [8, 5, 4, 2, 2, 2, 1, 1]
     assert storage(3, whole_bits=True) == "bits2"
+
+
+class Shared(nn.Module):
+    """Multiplies with a matrix from either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x) @ self.fc.weight
+        return y
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_of_a_weight_that_is_there_twice_both_are_proved(preset: Preset, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model = Shared()
+    opt = blaq.LAQ(blaq.param_groups(model, 4))
+    path = blaq.export_onnx(model, opt, torch.randn(4, 64), tmp_path / "model.onnx", preset=preset)
+    weights = quantized_weights(model, opt)
+    verify_weights(open_session(path), weights)
+    for name in ("fc.weight.codes", "fc.weight.T.codes"):
+        file = onnx.load(path)
+        codes = next(tensor for tensor in file.graph.initializer if tensor.name == name)
+        values = numpy_helper.to_array(codes).copy()
+        values.reshape(-1)[5] ^= 1
+        codes.CopyFrom(numpy_helper.from_array(values, name))
+        onnx.save(file, tmp_path / "other.onnx")
+        with pytest.raises(VerificationError, match=r"'fc.weight' is not scale times level in the runtime: 1 of 4096"):
+            verify_weights(open_session(tmp_path / "other.onnx"), weights)

@@ -119,6 +119,16 @@ def test_groups_have_their_scales_whatever_the_number_of_rows(grid: str, size: i
         assert np.abs(session.run(x.numpy()) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("preset", ["exact", "fast"])
+def test_a_group_as_long_as_a_row_is_a_channel(preset: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 16))
+    opt = blaq.LAQ(blaq.param_groups(model, bits="ternary", granularity=48))
+    session = open_session(blaq.export_openvino(model, opt, torch.randn(9, 48), tmp_path / "model.xml", preset=preset))
+    assert session.description["weights"]["0.weight"]["note"] == ""
+    assert choose(random_weight("linear4", (4, 7), 7), preset, linear=True).note == ""
+
+
 def test_a_kernel_that_is_wrong_for_few_rows_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import blaq.export.openvino_graph as module
 

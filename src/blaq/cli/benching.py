@@ -34,6 +34,8 @@ def bench(
         raise ValueError(f"--batches {batches}: expected numbers separated by commas, such as 1,32.") from None
     if out is not None and not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no directory {str(out.parent)!r}.")
+    if out is not None and out.exists() and not out.is_file():
+        raise ValueError(f"--out {out}: expected the name of a file, new or to be replaced.")
     found = measure(file, threads=threads, rounds=rounds, batches=sizes, sequence=sequence)
     show(found)
     if out is not None:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from blaq.cli.app import CheckpointName, CheckpointOption, RunArgument, SplitName, app, console, say
+from blaq.export.files import bytes_of
 
 if TYPE_CHECKING:
     from blaq.export.verify import Verification
@@ -63,6 +64,10 @@ def export(
     """Write a trained network as a file to ship, and prove that it computes the same."""
     from blaq.train.directory import open_run
 
+    if format_ is FormatName.packed and out is not None and out.suffix != ".safetensors":
+        raise ValueError(
+            f"--out {out}: expected a name that ends in .safetensors, by which `blaq verify` knows a packed file."
+        )
     open_run(run)  # else the file that is to go into it would be refused first, for want of a folder
     module: Any = import_module(MODULES[format_])
     for_runtime = "{preset}" in NAMES[format_]
@@ -122,11 +127,3 @@ def rich_table(weights: dict[str, dict[str, Any]]) -> Table:
         bits = f"{entry['bits']:.2f}" if "bits" in entry else ""
         table.add_row(name, " x ".join(map(str, entry["shape"])), f"{entry['grid']} per {shared}", held, bits)
     return table
-
-
-def bytes_of(path: Path) -> int:
-    """The size of a file, of all files of a folder, or of an .xml and the .bin beside it."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    weights = path.with_suffix(".bin")
-    return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" and weights.exists() else 0)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blaq.export.files import bytes_of as size
 from blaq.export.float_twin import Input, inputs_of, write_float32
 from blaq.export.runtimes import SUFFIXES, Session, open_session
 
@@ -147,12 +148,6 @@ runtime does: `blaq export RUN --format onnx` or `--format openvino`.
         timings=tuple(timings),
         machine=machine(),
     )
-
-
-def size(path: Path) -> int:
-    """Bytes of a file, of an .xml with the .bin beside it."""
-    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 def machine() -> str:

@@ -77,7 +77,10 @@ def _write(folder: Path, model: nn.Module, weights: list[QuantizedWeight]) -> No
     }
     for module, weight in packable.items():
         del tensors[f"{module}.weight"]
-        tensors |= {f"{module}.weight_{part}": tensor for part, tensor in _parts(weight).items()}
+        parts = {f"{module}.weight_{part}": tensor for part, tensor in _parts(weight).items()}
+        for name in parts.keys() & tensors.keys():
+            raise ValueError(f"{OWNER}: the packed '{module}.weight' needs the name {name!r}; rename that tensor.")
+        tensors |= parts
     own: Any = getattr(model, "config", None)  # of a transformers model: what builds it again
     config = own.to_dict() if hasattr(own, "to_dict") else {}
     config["quantization_config"] = _configuration(model, packable)

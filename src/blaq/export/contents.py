@@ -46,11 +46,14 @@ class PackedFile:
         return shapes | {name: shapes[canonical] for name, canonical in self.ties.items()}
 
     def state_dict(self, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The tensors under all their names, as the model had them; quantized weights in the dtypes of `like`, if given."""
+        """The tensors under all their names, as the model had them; quantized weights in the floating dtypes of `like`, if
+        given.
+        """
         state = dict(self.tensors)
         for weight in self.weights:
             other = (like or {}).get(weight.name)
-            state[weight.name] = weight.values.to(weight.dtype if other is None else other.dtype)
+            dtype = weight.dtype if other is None or not other.is_floating_point() else other.dtype
+            state[weight.name] = weight.values.to(dtype)
         return state | {name: state[canonical] for name, canonical in self.ties.items()}
 
 

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
+from blaq.export.files import target_of
 from blaq.export.layers import in_float32, plain, quantized_weights, shipped, weights_of_run
+from blaq.export.packed_session import computed, copies, tensors
 from blaq.export.preprocessing import preprocessing
 from blaq.export.runtimes import Session
 from blaq.export.verify import Verification, evaluation_batches, verify_outputs, verify_session, verify_weights
@@ -39,20 +42,24 @@ def export_model(
 
     `traced`: the exporter takes on trust which axes may change; else those that the user names are its own to prove.
     """
-    inputs = tuple(x.detach().cpu() for x in as_tuple(example_inputs))
+    inputs = example(example_inputs)
     model = plain(model)
+    held = chain(model.parameters(), model.buffers())
+    converted = any(x.is_floating_point() and x.dtype != torch.float32 for x in held)
+    if converted:
+        inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
     with shipped(opt):
         weights = quantized_weights(model, opt)
         model = in_float32(model, weights)
-    converted = any(weight.dtype != torch.float32 for weight in weights)
-    if converted:
-        inputs = tuple(x.float() if x.is_floating_point() else x for x in inputs)
-    proved = dynamic_shapes is None or traced
-    others = resized(inputs, given_axes(model, inputs, dynamic_shapes)) if proved else {}
-    _check(model, inputs, others, converted)
-    with unverified(to_graph(model, weights, inputs, dynamic_shapes=dynamic_shapes), path) as session:
-        verify_weights(session, weights)
-        verify_outputs(session, model, weights, [inputs, *others.values()])
+    with torch.autocast("cpu", enabled=False):
+        _check(model, inputs, converted)
+        axes = given_axes(model, inputs, dynamic_shapes)
+        others = resized(inputs, axes) if dynamic_shapes is None or traced else {}
+        _check_others(model, others)
+        graph = to_graph(model, weights, copies(inputs), dynamic_shapes=dynamic_shapes)
+        with unverified(graph, path) as session:
+            verify_weights(session, weights)
+            verify_outputs(session, model, weights, [inputs, *others.values()])
     return path
 
 
@@ -76,9 +83,25 @@ def export_checkpoint(
     return out
 
 
-def as_tuple(inputs: Tensor | Inputs) -> Inputs:
-    """What a model is called with, as a tuple."""
-    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+def example(inputs: Tensor | Inputs) -> Inputs:
+    """What a model is called with, as a tuple of tensors on the CPU.
+
+    Raises:
+        ValueError: none, or something else than tensors.
+    """
+    owner = "export(example_inputs)"
+    if not isinstance(inputs, Tensor | tuple | list):
+        raise ValueError(f"{owner}: is {type(inputs).__name__}; expected a tensor or a tuple of tensors.")
+    found = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    if not found:
+        raise ValueError(f"{owner}: is empty; expected what the model is called with.")
+    for index, x in enumerate(found):
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{owner}: the {_ordinal(index)} is {type(x).__name__}; expected tensors, one for each argument: wrap the "
+                "model in a module that takes them."
+            )
+    return tuple(x.detach().cpu() for x in found)
 
 
 def changing_axes(x: Tensor) -> list[int]:
@@ -117,7 +140,15 @@ def given_axes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> list[li
             f"export(dynamic_shapes={dynamic_shapes!r}): expected one entry for each input, {len(inputs)} in all, such as "
             "{0: torch.export.Dim.DYNAMIC}, or None."
         )
+    for name in dynamic_shapes.keys() - names.keys() if isinstance(dynamic_shapes, dict) else ():
+        expected = ", ".join(map(repr, names))
+        raise ValueError(f"export(dynamic_shapes): {name!r} is no argument of the model's; expected {expected}.")
     sizes = [dict(shape if isinstance(shape, dict) else enumerate(shape or ())) for shape in shapes]
+    for x, each in zip(inputs, sizes, strict=True):
+        for axis in each.keys() - range(x.ndim):  # torch ignores them
+            raise ValueError(
+                f"export(dynamic_shapes): axis {axis} of an input of {x.ndim} axes; expected 0 to {x.ndim - 1}."
+            )
     fixed = None, Dim.STATIC
     return [[axis for axis, size in each.items() if not isinstance(size, int) and size not in fixed] for each in sizes]
 
@@ -129,7 +160,7 @@ def _is_shape(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and not any(isinstance(size, dict | list | tuple) for size in entry)
 
 
-def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs], converted: bool) -> None:
+def _check(model: nn.Module, inputs: Inputs, converted: bool) -> None:
     """Find out here what cannot be exported: the exporters say it less clearly, and some runtimes not before the end."""
     for name, module in model.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:
@@ -137,9 +168,14 @@ def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs], converte
                 f"export: {name!r} is an LSTM with proj_size={module.proj_size}, which no runtime's exporter takes; write a "
                 "packed file (blaq.save_packed, --format packed), which holds every module."
             )
+    for index, x in enumerate(inputs):
+        if x.dtype == torch.bfloat16:
+            raise ValueError(
+                f"export(example_inputs): the {_ordinal(index)} is {x.dtype}, and what runtimes are given are numpy's "
+                "arrays; pass it as float32."
+            )
     try:
-        with torch.no_grad():
-            outputs = model(*inputs)
+        outputs = computed(model, inputs)
     except Exception as error:  # the model's own code
         what = ", converted to float32 as exports compute," if converted else ""
         out = "; name no dtype in forward(), or write a packed file (blaq.save_packed)" if converted else ""
@@ -147,10 +183,21 @@ def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs], converte
     numbers = [y for y in tree_leaves(outputs) if isinstance(y, int | float)]
     if numbers:
         raise ValueError(f"export: the model returns a number ({numbers[0]}); expected tensors alone as outputs.")
+    if not any(y.numel() for y in tensors(outputs)):
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(
+            f"export: the model returns no value for inputs of shape {shapes}, so nothing would be proved; pass two examples."
+        )
+    if any(y.dtype == torch.bfloat16 for y in tensors(outputs)):
+        raise ValueError(
+            "export: the model returns torch.bfloat16, and what runtimes return are numpy's arrays; return it as float32."
+        )
+
+
+def _check_others(model: nn.Module, others: dict[str, Inputs]) -> None:
     for axis, inputs in others.items():
         try:
-            with torch.no_grad():
-                model(*inputs)
+            computed(model, inputs)
         except Exception as error:  # the model's own code
             shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
             raise ValueError(
@@ -158,6 +205,10 @@ def _check(model: nn.Module, inputs: Inputs, others: dict[str, Inputs], converte
                 "axis cannot change, pass dynamic_shapes: ({0: torch.export.Dim.DYNAMIC},) if of one input the first alone "
                 "can, (None,) if none can."
             ) from error
+
+
+def _ordinal(index: int) -> str:
+    return ("first", "second", "third")[index] if index < 3 else f"{index + 1}th"
 
 
 def _first_line(error: Exception) -> str:
@@ -185,7 +236,7 @@ def _of_another_size(x: Tensor, axis: int) -> Tensor:
     size = x.shape[axis]
     if axis == 0:
         return x[:1] if size > 1 else torch.cat([x, x])
-    return x.narrow(axis, 0, size - 1) if size > 1 else x
+    return x.narrow(axis, 0, size - 1) if size > 1 else torch.cat([x, x], axis)
 
 
 def check_target(owner: str, path: str | Path, preset: str, suffix: str, packages: Sequence[str], extra: str) -> Path:
@@ -193,7 +244,7 @@ def check_target(owner: str, path: str | Path, preset: str, suffix: str, package
 
     Raises:
         ImportError: a package is missing.
-        ValueError: another preset, another suffix, no such directory; a directory of that name.
+        ValueError: another preset, another suffix; see `target_of`.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -209,4 +260,5 @@ def check_target(owner: str, path: str | Path, preset: str, suffix: str, package
         raise ValueError(
             f"{owner}(path={str(path)!r}): is a folder; expected the name of a file, new or to be replaced."
         )
+    target_of(path)
     return path

@@ -15,8 +15,7 @@ def replacing(path: str | Path, *, folder: bool = False) -> Iterator[Path]:
     If the block raises, what lies at `path` is untouched and the new file is gone. A link is followed.
 
     Raises:
-        ValueError: `path` is empty, a folder where a file is to be written, or something else than an empty folder where a
-            folder is; or its folder does not exist.
+        ValueError: see `target_of`.
 
     Example:
         >>> import tempfile
@@ -26,13 +25,7 @@ def replacing(path: str | Path, *, folder: bool = False) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['model.bin']
     """
-    target = Path(os.path.realpath(path))
-    if folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"export(out={str(path)!r}): is there already; expected the name of a new or empty folder.")
-    if not str(path) or (target.is_dir() and not folder):
-        raise ValueError(f"export(out={str(path)!r}): expected the name of a file, new or to be replaced.")
-    if not target.parent.is_dir():
-        raise ValueError(f"export(out={str(path)!r}): there is no folder {str(target.parent)!r}; make it first.")
+    target = target_of(path, folder=folder)
     partial = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
@@ -45,6 +38,37 @@ def replacing(path: str | Path, *, folder: bool = False) -> Iterator[Path]:
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def target_of(path: str | Path, *, folder: bool = False) -> Path:
+    """Where to write what is to be at `path`: a link is followed.
+
+    Raises:
+        ValueError: `path` is empty; something else than a file where a file is to be written, such as a folder or a device, or
+            than an empty folder where a folder is; its folder does not exist.
+    """
+    target = Path(os.path.realpath(path))
+    if folder and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"export(out={str(path)!r}): is there already; expected the name of a new or empty folder.")
+    if not folder and (not str(path) or (target.exists() and not target.is_file())):
+        raise ValueError(f"export(out={str(path)!r}): expected the name of a file, new or to be replaced.")
+    if not target.parent.is_dir():
+        raise ValueError(f"export(out={str(path)!r}): there is no folder {str(target.parent)!r}; make it first.")
+    return target
+
+
+def bin_of(path: Path) -> Path:
+    """The weights of an OpenVINO file: beside it, or beside the file that it is a link to."""
+    beside = path.with_suffix(".bin")
+    return beside if beside.is_file() else Path(os.path.realpath(path)).with_suffix(".bin")
+
+
+def bytes_of(path: Path) -> int:
+    """Bytes of a file, of all files of a folder, or of an .xml and its .bin."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    files = [path, bin_of(path)] if path.suffix == ".xml" else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def read_whole(path: str | Path) -> bytes:

@@ -29,15 +29,15 @@ class Input(NamedTuple):
 def inputs_of(path: Path) -> list[Input]:
     """The inputs of an exported file, in their order."""
     if path.suffix == ".xml":
-        import openvino as ov
+        from blaq.export.openvino_session import read
 
-        values = ov.Core().read_model(path).inputs
+        graph, _ = read(path)
         return [
             Input(
                 tuple(axis.get_length() if axis.is_static else None for axis in value.get_partial_shape()),
                 np.dtype(value.get_element_type().to_dtype()),
             )
-            for value in values
+            for value in graph.inputs
         ]
     import onnx
 
@@ -82,10 +82,10 @@ def _write_onnx(session: Session, path: Path, twin: Path, description: dict[str,
     for node in model.graph.node:
         value = node.name.partition("/MatMulNBits")[0]
         if node.op_type == "MatMulNBits":
-            weight_NK = weights[values[value.removesuffix(".T")]]
+            name = value if value in values else value.removesuffix(".T")
+            weight_NK = weights[values[name]]
             # From the right as it is, else its transpose; both laid out as the product reads them.
-            factor = weight_NK if value.endswith(".T") and value not in values else weight_NK.T
-            made[value] = np.ascontiguousarray(factor)
+            made[value] = np.ascontiguousarray(weight_NK.T if name == value else weight_NK)
             kept.append(onnx.helper.make_node("MatMul", [node.input[0], value], list(node.output), name=node.name))
         elif node.output[0] in values:
             made[node.output[0]] = weights[values[node.output[0]]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from blaq.grids import Grid
 from blaq.optim.base import LatentOptimizer
@@ -132,22 +133,27 @@ def named(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, ...]
         yield tuple(names), tensor
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """The model itself, of one that `torch.compile` has made: its parameters have their own names."""
+def plain(model: nn.Module, owner: str = "export") -> nn.Module:
+    """The model itself, of one that `torch.compile` has made: its parameters have their own names.
+
+    Raises:
+        ValueError: no model.
+    """
     inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
+    if not isinstance(inner, nn.Module):
+        raise ValueError(f"{owner}: the model is {type(inner).__name__}; expected a torch.nn.Module.")
     return inner
 
 
 def in_float32(model: nn.Module, weights: Sequence[QuantizedWeight]) -> nn.Module:
-    """A copy on the CPU, in evaluation mode. One of another dtype holds ``scale * level`` in float32, as runtimes compute
-    it, where the model holds it rounded.
+    """A copy on the CPU, in evaluation mode. Quantized weights of another dtype are ``scale * level`` in float32, as runtimes
+    compute it, where the model holds it rounded.
     """
-    model = copy.deepcopy(model).cpu().eval()
-    if any(weight.dtype != torch.float32 for weight in weights):
-        model.float()
-        for weight in weights:
-            model.get_parameter(weight.name).data.copy_(weight.values)
+    held = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)))
+    kept = {id(x): x.detach() for x in held if isinstance(x, Tensor) and not x.is_leaf}  # of a pass; torch copies none
+    model = copy.deepcopy(model, kept).cpu().eval().float()
+    for weight in weights:
+        model.get_parameter(weight.name).data.copy_(weight.values)
     return model
 
 

@@ -18,7 +18,7 @@ from blaq.export.exporting import changing_axes, check_target, export_checkpoint
 from blaq.export.files import replacing
 from blaq.export.layers import QuantizedWeight
 from blaq.export.onnx_containers import FORMAT_VERSION
-from blaq.export.packed_session import tensors
+from blaq.export.packed_session import computed, tensors
 from blaq.export.runtimes import Session
 from blaq.export.verify import Verification
 from blaq.optim.base import LatentOptimizer
@@ -121,7 +121,7 @@ def to_onnx(
 
     others = {} if dynamic_shapes is not None else resized(inputs, [changing_axes(x) for x in inputs])
     if dynamic_shapes is None:
-        inputs = tuple(torch.cat([x, x]) if x.ndim and len(x) == 1 else x for x in inputs)  # torch fixes an axis of 1
+        inputs = tuple(map(_of_two, inputs))
         axes = [dict.fromkeys(changing_axes(x), torch.export.Dim.DYNAMIC) for x in inputs]
         dynamic_shapes = _by_parameter(model, axes)
     program = _trace(model, inputs, dynamic_shapes)
@@ -196,6 +196,13 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any) ->
     return program
 
 
+def _of_two(x: Tensor) -> Tensor:
+    """An input whose changing axes have two entries or more: torch takes those of 1 for fixed."""
+    for axis in changing_axes(x):
+        x = torch.cat([x, x], axis) if x.shape[axis] == 1 else x
+    return x
+
+
 def _by_parameter(model: nn.Module, axes: list[Any]) -> tuple[Any, ...]:
     """An entry for each parameter of ``forward``: all that ``*xs`` takes is one."""
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
@@ -232,15 +239,14 @@ def _name_axes(
     """Call the axes that change ``batch`` and ``sequence``. Those of the outputs are found by trying: the exporter takes
     some that change for fixed.
     """
-    with torch.no_grad():
-        before = [*inputs, *tensors(model(*inputs))]
-        values = [*proto.graph.input, *proto.graph.output]
-        for axis, changed in others.items():
-            after = [*changed, *tensors(model(*changed))]
-            for value, x, y in zip(values, before, after, strict=True):
-                for dim, old, new in zip(value.type.tensor_type.shape.dim, x.shape, y.shape, strict=True):
-                    if old != new:
-                        dim.dim_param = axis
+    before = [*inputs, *tensors(computed(model, inputs))]
+    values = [*proto.graph.input, *proto.graph.output]
+    for axis, changed in others.items():
+        after = [*changed, *tensors(computed(model, changed))]
+        for value, x, y in zip(values, before, after, strict=True):
+            for dim, old, new in zip(value.type.tensor_type.shape.dim, x.shape, y.shape, strict=True):
+                if old != new:
+                    dim.dim_param = axis
 
 
 def _strip(proto: "onnx.ModelProto") -> None:

@@ -1,7 +1,7 @@
 """An exported ONNX file in ONNX Runtime, on the CPU."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ class OnnxSession:
         """Every quantized weight as ONNX Runtime computes it from the file.
 
         What is unpacked at load is a value of the graph. What ``MatMulNBits`` takes packed is seen through the operator:
-        the product with the identity, in float32, is the weight.
+        the product with the identity, in float32, is the weight. Of one that is there twice, as it is and transposed, both
+        are looked at: NaN where they differ.
         """
         model = onnx.load(self._path)
         described: dict[str, dict[str, Any]] = self.description["weights"]
@@ -92,7 +93,10 @@ class OnnxSession:
             part = _part(model, [names[name] for name in unpacked], [])
             found = dict(zip(unpacked, _run(self._open(part), ()), strict=True))
         for name in described.keys() - found.keys():
-            found[name] = self._through_product(model, names[name], described[name]["transposed"])
+            seen, *others = self._through_products(model, names[name])
+            for other in others:
+                seen = np.where(seen == other, seen, np.float32(np.nan))
+            found[name] = seen
         return {name: found[name] for name in described}
 
     def layers(self, *inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -107,10 +111,19 @@ class OnnxSession:
         values = _run(self._open(model), inputs)
         return {outputs[output]: value for output, value in zip(made, values, strict=True)}
 
-    def _through_product(self, model: ModelProto, name: str, transposed: bool) -> NDArray[np.float32]:
-        prefix = f"{name}.T/MatMulNBits/" if transposed else f"{name}/MatMulNBits/"
+    def _through_products(self, model: ModelProto, name: str) -> Iterator[NDArray[np.float32]]:
+        """From a product that takes the weight as it is, and from one that takes its transpose, where there are such."""
+        for transposed in (False, True):
+            prefix = f"{name}.T/MatMulNBits/" if transposed else f"{name}/MatMulNBits/"
+            node = next((node for node in model.graph.node if node.name.startswith(prefix)), None)
+            if node is not None:
+                weight_KN = self._through_product(model, node)
+                yield weight_KN if transposed else np.ascontiguousarray(weight_KN.T)
+
+    def _through_product(self, model: ModelProto, product: NodeProto) -> NDArray[np.float32]:
+        """The second factor of a product, (K, N)."""
         node = NodeProto()
-        node.CopyFrom(next(node for node in model.graph.node if node.name.startswith(prefix)))
+        node.CopyFrom(product)
         node.input[0], node.output[0] = "blaq.identity", "blaq.product"
         attributes = {attribute.name: attribute for attribute in node.attribute}
         attributes["accuracy_level"].i = 0
@@ -118,13 +131,12 @@ class OnnxSession:
         part = _part(model, ["blaq.product"], [node])
         part.graph.input.append(helper.make_tensor_value_info("blaq.identity", TensorProto.FLOAT, ["rows", K]))
         session = self._open(part)
-        weight_KN = np.concatenate(
+        return np.concatenate(
             [  # an identity by pieces: as a whole it can be larger than the weight by far
                 _run(session, (np.eye(min(ROWS, K - start), K, k=start, dtype=np.float32),))[0]
                 for start in range(0, K, ROWS)
             ]
         )
-        return weight_KN if transposed else np.ascontiguousarray(weight_KN.T)
 
     def _open(self, model: str | ModelProto) -> Any:
         content = model if isinstance(model, str) else model.SerializeToString()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from blaq.export.exporting import check_target, export_checkpoint, export_model, given_axes
-from blaq.export.files import flush
+from blaq.export.files import flush, target_of
 from blaq.export.layers import QuantizedWeight
 from blaq.optim.base import LatentOptimizer
 
@@ -160,17 +160,18 @@ def unverified(graph: "ov.Model", path: Path) -> "Iterator[Session]":
     from blaq.export.openvino_session import write
     from blaq.export.runtimes import open_session
 
-    target = Path(os.path.realpath(path))
-    if target.with_suffix(".bin").exists() and not target.exists():
+    target = target_of(path)
+    weights = target_of(target.with_suffix(".bin"))
+    if weights.exists() and not target.exists():
         raise ValueError(
-            f"export_openvino(path={str(path)!r}): {target.with_suffix('.bin').name!r}, which would be replaced, is there "
-            f"without {target.name!r}; delete it, or choose another name."
+            f"export_openvino(path={str(path)!r}): {weights.name!r}, which would be replaced, is there without"
+            f" {target.name!r}; delete it, or choose another name."
         )
     partial = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}.partial.xml")
     try:
         write(graph, partial)
         yield open_session(partial)
-        for made, name in ((partial.with_suffix(".bin"), target.with_suffix(".bin")), (partial, target)):
+        for made, name in ((partial.with_suffix(".bin"), weights), (partial, target)):
             flush(made)
             os.replace(made, name)
         flush(target.parent)

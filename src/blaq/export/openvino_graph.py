@@ -28,7 +28,7 @@ def hold(graph: ov.Model, weight: QuantizedWeight, preset: Preset) -> Container:
                 f"export_openvino: OpenVINO's converter changed {weight.name!r}; expected scale times level, bit for bit."
             )
     users = [user for constant in found for user in constant.output(0).get_target_inputs()]
-    linear = all(_is_linear(user) for user in users)
+    linear = len(weight.shape) == 2 and all(_is_linear(user) for user in users)
     container = choose(weight, preset, linear=linear)
     values = dequantized(weight, container)
     for user in users:

@@ -10,6 +10,8 @@ import openvino as ov
 import openvino.opset13 as op
 from numpy.typing import NDArray
 
+from blaq.export.files import bin_of
+
 __all__ = ["FORMAT_VERSION", "OpenVINOSession", "checksum", "read", "settings", "write"]
 
 FORMAT_VERSION = 1
@@ -129,7 +131,7 @@ def read(path: Path) -> tuple[ov.Model, dict[str, Any]]:
         ValueError: see `OpenVINOSession`.
     """
     owner = f"open_session({str(path)!r})"
-    bin_file = path.with_suffix(".bin")
+    bin_file = bin_of(path)
     if not bin_file.is_file():
         raise ValueError(f"{owner}: there is no {bin_file.name} beside it, which holds the weights; copy both files.")
     try:

@@ -85,8 +85,9 @@ def choose(weight: QuantizedWeight, preset: Preset, *, linear: bool) -> Containe
         return Container("u4" if levels <= 16 else "u8", "codes", 0, 1, note)
     if not linear:
         return replace(found, note="no Linear layer")
-    if isinstance(weight.granularity, int):
-        if weight.granularity & (weight.granularity - 1):
+    size = _group(weight)
+    if size is not None:
+        if size & (size - 1):
             return replace(found, note="groups of another size than 1, 2, 4, 8, ..")
         if found.padding(weight.shape[1]):
             return replace(found, note="groups, and rows that fill no whole bytes")
@@ -127,16 +128,22 @@ def _rows(weight: QuantizedWeight) -> tuple[tuple[int, ...], list[NDArray[np.flo
     """The shape in which rows that share a scale lie along whole axes, and the scales, to broadcast against it."""
     shape = tuple(weight.shape)
     scales = weight.scale.numpy().astype(np.float32).T
+    size = _group(weight)
     if weight.granularity == "tensor":
         lead: tuple[int, ...] = (1,) * len(shape)
-    elif weight.granularity == "channel":
+    elif size is None:
         lead = (*shape[:1], *(1,) * (len(shape) - 1))
     else:
-        size = int(weight.granularity)
         groups = weight.codes.numel() // (size * (shape[0] if len(shape) > 1 else 1))
         shape = (*shape[: len(shape) > 1], groups, size)
         lead = (*shape[:-1], 1)
     return shape, [row.reshape(lead) for row in scales]
+
+
+def _group(weight: QuantizedWeight) -> int | None:
+    """Entries that share a scale, where they are less than a channel."""
+    size = weight.granularity
+    return size if isinstance(size, int) and len(weight.scale) != weight.shape[0] else None
 
 
 def _zero_point(container: Container, dimensions: int) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from blaq.export.container import decode, dense_state, encode
 from blaq.export.contents import PARTS, PackedFile, describe, interpret, same, tensors_of
@@ -47,7 +48,7 @@ def save_packed(model: nn.Module, opt: LatentOptimizer, path: str | Path) -> Non
         >>> torch.equal(copy[0].weight, model[0].weight)
         True
     """
-    model = plain(model)
+    model = plain(model, "save_packed")
     with shipped(opt):
         _write(path, model, quantized_weights(model, opt), None)
 
@@ -62,8 +63,8 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Raises:
         ImportError: safetensors is not installed.
-        ValueError: no packed file, a damaged one, one of another version; a model with other names or shapes, which then
-            is not changed; no model, and no recipe to build one.
+        ValueError: no packed file, a damaged one, one of another version; a model with other names or shapes, or with tensors
+            that cannot hold the values, which then is not changed; no model, and no recipe to build one.
 
     Example: see `save_packed`.
         >>> load_packed("no-such-file.safetensors")
@@ -73,7 +74,7 @@ def load_packed(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     file = read_packed(path)
     owner = f"load_packed({str(path)!r})"
     if model is not None:
-        _load(file, plain(model), owner)
+        _load(file, plain(model, owner), owner)
         return model
     model = _rebuilt(file, owner)
     _load(file, model, owner)
@@ -138,6 +139,8 @@ def _collect(model: nn.Module, weights: list[QuantizedWeight], recipe: dict[str,
         for part in (f"{name}_{part}" for part in PARTS):
             if part in state:
                 raise ValueError(f"save_packed: the packed {name!r} needs the name {part!r}; rename that tensor.")
+    if "__metadata__" in tensors:
+        raise ValueError("save_packed: safetensors keeps the name '__metadata__' for itself; rename that tensor.")
     return PackedFile(tuple(weights), tensors, ties, recipe)
 
 
@@ -146,8 +149,22 @@ def _collect(model: nn.Module, weights: list[QuantizedWeight], recipe: dict[str,
 
 def _load(file: PackedFile, model: nn.Module, owner: str) -> None:
     present = model.state_dict(keep_vars=True)
+    for name, value in present.items():
+        if is_lazy(value):
+            raise ValueError(f"{owner}: {short(name)} of the model has no shape yet; call the model once, then load.")
+        if getattr(value, "is_meta", False):  # torch would only warn that it copies nothing
+            raise ValueError(
+                f"{owner}: {short(name)} of the model is on meta, without values; take memory for them first, as "
+                "model.to_empty(device='cpu') does."
+            )
     check_fits(present, file.shapes(), owner)
     values = file.state_dict(like=present)
+    for name, value in values.items():
+        if not torch.can_cast(value.dtype, present[name].dtype):
+            raise ValueError(
+                f"{owner}: {short(name)} is {value.dtype} in the file, and {present[name].dtype} in the model does not hold "
+                "it; pass the model it was saved from."
+            )
     for names, _ in named(present.items()):
         if any(not torch.equal(values[names[0]], values[name]) for name in names[1:]):
             raise ValueError(

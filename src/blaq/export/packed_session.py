@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from blaq.export.compressed import read_compressed
 from blaq.export.packed import check_fits, load_packed, read_packed
 
-__all__ = ["CompressedSession", "PackedSession", "layer_outputs", "tensors"]
+__all__ = ["CompressedSession", "PackedSession", "computed", "copies", "layer_outputs", "tensors"]
 
 
 class TorchSession:
@@ -39,8 +39,7 @@ class TorchSession:
 
     def outputs(self, *inputs: NDArray[Any]) -> list[NDArray[Any]]:
         """All outputs."""
-        with torch.no_grad():
-            return [y.numpy() for y in tensors(self._model(*map(torch.from_numpy, inputs)))]
+        return [y.numpy() for y in tensors(computed(self._model, tuple(map(torch.from_numpy, inputs))))]
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """The quantized weights, from what is in the file."""
@@ -102,14 +101,24 @@ def layer_outputs(model: nn.Module, names: Sequence[str], inputs: tuple[Tensor, 
         for name in names
     ]
     try:
-        with torch.no_grad():
-            model(*inputs)
+        computed(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return {name: each[0] for name, each in returned.items() if len(each) == 1 and isinstance(each[0], Tensor)}
 
 
+def computed(model: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    """What a model returns, without gradients; the inputs are left alone, also where it writes into them."""
+    with torch.no_grad():
+        return model(*copies(inputs))
+
+
+def copies(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors in memory of their own."""
+    return tuple(x.clone() for x in inputs)
+
+
 def tensors(output: Any) -> list[Tensor]:
     """The tensors of what a module returns, in the order an exported file has them."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf.detach() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blaq.export.layers import QuantizedWeight, weights_of_run
-from blaq.export.packed_session import CompressedSession, PackedSession, layer_outputs, tensors
+from blaq.export.packed_session import CompressedSession, PackedSession, computed, layer_outputs, tensors
 from blaq.export.runtimes import SUFFIXES, Session, open_session
 
 if TYPE_CHECKING:
@@ -199,8 +198,7 @@ class _Comparison:
     def add(self, session: Session, model: nn.Module, inputs: Batch) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
         """Compare a batch; the outputs of the runtime and of torch."""
         outputs = session.outputs(*(x.numpy() for x in inputs))
-        with torch.no_grad():
-            expected = [y.numpy() for y in tensors(model(*inputs))]
+        expected = [y.numpy() for y in tensors(computed(model, inputs))]
         shapes, wanted = [y.shape for y in outputs], [y.shape for y in expected]
         if shapes != wanted:
             raise VerificationError(f"verify: outputs of shape {shapes} in the runtime, {wanted} in torch.")
