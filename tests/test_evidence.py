@@ -4,7 +4,7 @@ import csv
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from itertools import permutations, product
 from pathlib import Path
@@ -243,9 +243,11 @@ def write_ablation(path: Path, effect: float) -> None:
         error = 3.0 + (0.2 * noise[0 if a == 1 else i, j, seed]) + effect * (1 - a)
         recipe = with_(DEMO, seed, a=a, period=period)
         write_run(path / "runs" / f"a{a}-period{period}-s{seed}", recipe, train_loss=error / 10, test_error=error)
-    sets = {"optim.a": ["0.3", "0.6", "0.9", "1"], "optim.period": ["1", "2"]}
-    design = {"kind": "ablate", "recipe": "demo", "seeds": list(SEEDS), "budget": "steps", "target": None, "sets": sets}
-    write_folder(path, DEMO, design)
+    write_folder(path, DEMO, ablate_design(SEEDS, {"optim.a": ["0.3", "0.6", "0.9", "1"], "optim.period": ["1", "2"]}))
+
+
+def ablate_design(seeds: Iterable[int], sets: dict[str, list[str]]) -> dict[str, Any]:
+    return {"kind": "ablate", "recipe": "demo", "seeds": list(seeds), "budget": "steps", "target": None, "sets": sets}
 
 
 def make(module: Module, out: Path, *arguments: str) -> str:
@@ -345,16 +347,7 @@ def write_small_ablation(path: Path, seeds: int, errors: dict[float, float]) -> 
         recipe = with_(DEMO, seed, a=a)
         error += (0.0, 0.1)[seed] * (1 + a)
         write_run(path / "runs" / f"a{a}-s{seed}", recipe, train_loss=error / 10, test_error=error)
-    sets = {"optim.a": [str(a) for a in errors]}
-    design = {
-        "kind": "ablate",
-        "recipe": "demo",
-        "seeds": list(range(seeds)),
-        "budget": "steps",
-        "target": None,
-        "sets": sets,
-    }
-    write_folder(path, DEMO, design)
+    write_folder(path, DEMO, ablate_design(range(seeds), {"optim.a": [str(a) for a in errors]}))
 
 
 def test_an_ablation_of_few_seeds_is_answered_by_f(module: Module, tmp_path: Path) -> None:

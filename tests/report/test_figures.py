@@ -328,9 +328,18 @@ def test_colours_belong_to_methods(compared: Path, tmp_path: Path, write_run: Wr
     brightness = [sum(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in scale]
     assert brightness == sorted(brightness)  # told apart without any colour
     assert all(200 < of < 600 for of in brightness)  # seen on dark, and on white
+    steps = [abs(int(one[i : i + 2], 16) - int(two[i : i + 2], 16)) for one, two in pairwise(scale) for i in (1, 3, 5)]
+    assert sum(steps) > 250  # and from each other
     for a in (0.4, 1.0):
         write_run(tmp_path / "one" / f"{a}", method="blaq", a=a)
     assert set(colours(only_panel(tmp_path / "one").variants)) == {COLOURS["laq"], COLOURS["blaq"]}
+
+
+def test_a_title_that_names_some_says_of_how_many_more(tmp_path: Path, write_run: WriteRun) -> None:
+    for a in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        write_run(tmp_path / f"{a}", method="blaq", a=a)
+    title = convergence(only_panel(tmp_path), "c", text=False).titles["train_loss steps"]
+    assert "BLAQ, a = 0.4: " in title and title.endswith("; and 2 more")
 
 
 def every_figure(report: Report) -> list[Figure]:

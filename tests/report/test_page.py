@@ -176,6 +176,16 @@ def test_the_recipe_of_the_first_run_and_what_differs(compared: Path, write_run:
     assert list(task.differences) == ["seed: 0, 1, 2, 7", "method: blaq, laq", "a: 0.6, 0.9"]
 
 
+def test_options_of_the_network_that_float_runs_lack_are_told(
+    tmp_path: Path, write_run: WriteRun, recipe: Recipe
+) -> None:
+    plain = replace(recipe, model=replace(recipe.model, options={"inputs": 64}))
+    write_run(tmp_path / "laq")
+    write_run(tmp_path / "float", method="float", recipe=plain)
+    (task,) = build(read_runs([tmp_path])).tasks
+    assert list(task.differences) == ["seed: 0", "method: float, laq", "hidden: none, (16,)"]
+
+
 def test_layers_of_a_real_run(tmp_path: Path, recipe: Recipe) -> None:
     train(recipe.with_(["train.epochs=1", "optim.bits=2", "optim.method=laq"]), tmp_path / "run", progress=False)
     page = Tables(body(page_of(tmp_path / "run")))
@@ -238,6 +248,10 @@ def test_the_command_says_first_what_the_ends_of_the_runs_say(
     [
         (["runs", "--out", "report.pdf"], "expected the name of an HTML file"),
         (["nowhere"], "'nowhere' holds no run"),
+        (
+            ["runs", "--figures", "runs/laq-s0/recipe.toml"],
+            "report(figures='runs/laq-s0/recipe.toml'): expected a folder",
+        ),
     ],
 )
 def test_what_the_command_refuses(

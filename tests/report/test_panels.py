@@ -104,6 +104,18 @@ def test_rules_are_called_by_their_pattern_and_what_they_state(tmp_path: Path, w
     }
 
 
+def test_rules_in_another_order_are_other_runs(tmp_path: Path, write_run: WriteRun) -> None:
+    orders = ({"fc*": 2, "fc1": "float"}, {"fc1": "float", "fc*": 2})  # the first that matches wins
+    for name, rules in enumerate(orders):
+        write_run(tmp_path / f"{name}", rules=rules)
+    write_run(tmp_path / "float", method="float", rules=orders[0])
+    (task,) = arrange(read_runs([tmp_path]))
+    assert [panel.label for panel in task.panels] == [
+        "1 bit (binary), rules in the order fc*, fc1", "1 bit (binary), rules in the order fc1, fc*",
+    ]  # fmt: skip
+    assert [labels(panel) for panel in task.panels] == [["float32", "LAQ"]] * 2
+
+
 def test_a_float_run_of_another_network_stands_apart(tmp_path: Path, write_run: WriteRun, recipe: Recipe) -> None:
     larger = replace(
         recipe, model=replace(recipe.model, options={"inputs": 64})

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blaq.report.read import find_runs, read_run, read_runs, read_trajectories
+from blaq.report.read import find_runs, read_run, read_runs, read_sweeps, read_trajectories
 
 WriteRun = Callable[..., Path]
 
@@ -70,9 +70,46 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path, write_run: WriteRun)
         read_run(path)
 
 
+@pytest.mark.parametrize("value", [None, "2.0", True, math.nan])
+def test_a_result_without_its_numbers_does_not_drop_out_of_the_means(
+    value: object, tmp_path: Path, write_run: WriteRun
+) -> None:
+    path = write_run(tmp_path / "run") / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_error": value}))
+    with pytest.raises(ValueError, match=r"result.json' is damaged \(test_error=.*: expected a finite number\)"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("comparison.json", {"target": "low"}, "target='low': expected a number or null"),
+        ("comparison.json", {"seeds": 3}, "seeds=3: expected a list of numbers"),
+        ("results.json", {"failures": ["laq-s0"]}, "failures=['laq-s0']: expected a table of run names and messages"),
+    ],
+)
+def test_a_damaged_file_of_a_comparison_is_named(
+    name: str, content: object, why: str, tmp_path: Path, write_run: WriteRun
+) -> None:
+    recipe = write_run(tmp_path / "runs" / "laq-s0") / "recipe.toml"
+    (tmp_path / "recipe.toml").write_text(recipe.read_text())
+    (tmp_path / "comparison.json").write_text("{}")
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"'.*{name}' is damaged \({re.escape(why)}\)"):
+        read_sweeps([tmp_path])
+
+
+def test_a_damaged_recipe_is_found_among_many(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "laq-s0")
+    (write_run(tmp_path / "laq-s1", seed=1) / "recipe.toml").write_text("title = ")
+    with pytest.raises(ValueError, match=r"report: '.*laq-s1': recipe.toml: not a readable TOML file"):
+        read_runs([tmp_path])
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value", "why"),
     [
+        ("metrics.jsonl", "train_loss", [0.1], "lists for train_loss: expected numbers"),
         ("metrics.jsonl", "gradient_evaluations", None, "a line without 'gradient_evaluations'"),
         ("metrics.jsonl", "train_loss", "low", "could not convert string to float: 'low'"),
         ("zigzag.jsonl", "layer", None, "a line without 'layer'"),

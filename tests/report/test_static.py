@@ -14,7 +14,7 @@ from blaq.cli import app
 from blaq.report import static
 from blaq.report.page import build
 from blaq.report.read import read_runs
-from blaq.report.static import write_figures
+from blaq.report.static import positions, write_figures
 
 WriteRun = Callable[..., Path]
 
@@ -47,6 +47,17 @@ def test_every_position_is_written_as_png_and_svg(run: Path, tmp_path: Path) -> 
         assert root.attrib["width"] == "900"
         assert "Training loss at the end: LAQ: 0.407" in text
         assert ("gradient evaluations" in text) == ("gradient" in svg.name)
+
+
+def test_a_title_is_not_broken_inside_a_setting(run: Path) -> None:
+    (figure,) = build(read_runs([run])).figures
+    title = "; ".join(f"BLAQ, a = {number / 100}" for number in range(9))
+    figure = replace(figure, titles=dict.fromkeys(figure.titles, title))
+    for _, _, spec in positions(figure):
+        lines = spec["layout"]["title"]["text"].split("<br>")
+        assert len(lines) > 1
+        assert not any(line.endswith((" a", "=")) for line in lines)
+        assert " ".join(lines).replace("\N{NO-BREAK SPACE}", " ") == title
 
 
 def test_without_a_browser_the_error_says_what_to_do(

@@ -1,5 +1,6 @@
 """The verdict on made runs: where the sign is there, and where it is not."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from blaq.report.figures import convergence
 from blaq.report.page import build
 from blaq.report.panels import arrange
 from blaq.report.read import read_runs
-from blaq.report.signs import broken_off
+from blaq.report.signs import broken_off, other_data
 from blaq.report.verdict import headline, verdict
 from blaq.report.words import MINUS, Statement
 
@@ -412,3 +413,49 @@ def test_a_curve_that_begins_after_the_other_ends_is_said(tmp_path: Path, write_
     heads = [found.head for found in statements(tmp_path)]
     assert "BLAQ and LAQ cannot be set against each other at equal gradient evaluations" in heads
     assert not any("share no seed" in head for head in heads)
+
+
+def test_a_loss_that_wavers_near_zero_does_not_diverge(make: Make, tmp_path: Path) -> None:
+    make("laq", LAQ, loss=[0.7, 0.1, 0.02, 0.008, 0.0145], epochs=5)  # as the demo's
+    assert not of_tone(tmp_path, "sign")
+
+
+@pytest.mark.parametrize(("method", "advised"), [("past", False), ("blaq", True)])
+def test_only_two_gradients_a_step_could_have_been_laqs(method: str, advised: bool, make: Make, tmp_path: Path) -> None:
+    make("laq", LAQ, zigzag_rate=0.02)
+    make(method, [2.1, 1.9, 2.0], zigzag_rate=0.02)
+    (sign,) = [statement for statement in statements(tmp_path) if statement.tone == "sign"]
+    assert ("Plain LAQ is the better use of the gradients" in sign.advice) == advised
+
+
+def test_the_cost_of_quantizing_says_what_it_is_worth(make: Make, tmp_path: Path) -> None:
+    make("float", [1.0, 1.1, 0.9], epochs=20)
+    make("laq", [1.1, 1.0, 1.0])
+    (found,) = [statement for statement in statements(tmp_path) if "smaller" in statement.head]
+    assert found.text.endswith("of test error, within seed noise, after 60 steps where float32 took 120.")
+
+
+def test_settings_of_other_lengths_are_not_judged_in_a_title(make: Make, tmp_path: Path) -> None:
+    make("laq", [2.0, 2.1, 1.9], epochs=20)
+    for a in (0.6, 0.8):
+        make("past", [1.5, 1.61, 1.38], a=a, epochs=10)
+    (task,) = arrange(read_runs([tmp_path]))
+    titles = [title for figure in ablations(task.panels[0], "x", text=False) for title in figure.titles.values()]
+    assert titles[0] == (
+        "Validation data choose Past, a = 0.6: test error 1.50 ± 0.12 %, beside LAQ's 2.00 ± 0.10 % after 120 steps to 60"
+    )
+
+
+def test_runs_that_saw_other_data_are_named(make: Make, tmp_path: Path) -> None:
+    make("laq", LAQ)
+    make("past", LAQ)
+    (task,) = arrange(read_runs([tmp_path]))
+    assert not list(other_data(task))  # of none it is known
+    for run in tmp_path.iterdir():
+        digest = "b" if run.name in ("past-s1", "past-s2") else "a"
+        (run / "data.json").write_text(json.dumps({"train": 300, "digest": digest}))
+    (task,) = arrange(read_runs([tmp_path]))
+    (found,) = other_data(task)
+    assert found.head == "2 runs saw other data under the same settings"
+    assert found.text.startswith("past-s1, past-s2: digest b, not a as laq-s0 has.")
+    assert found in build(read_runs([tmp_path])).tasks[0].statements

@@ -110,6 +110,17 @@ def test_differences_that_are_all_equal_are_no_evidence_of_anything() -> None:
     assert "blaq (-0.50) [95 % intervals, paired t, 2 seeds; differences without any spread have no interval" in line
 
 
+def test_what_has_no_interval_is_not_said_to_be_within_seed_noise() -> None:
+    laq, past = runs("laq", [1.5, 2.5, 2.0]), runs("past", [1.6, 2.3, 2.2])
+    flat, apart = runs("blaq", [1.0, 2.0, 1.5]), runs("bwn", [1.0], first_seed=7)
+    line = conclusion(laq, flat, past, apart)
+    assert "no difference beyond seed noise shown: past (+0.03 ± " in line
+    assert (
+        "; the same difference in every seed, so no claim: blaq (-0.50); without a seed in common with it: bwn ["
+        in line
+    )
+
+
 def test_the_reference_is_laq_or_what_came_first() -> None:
     assert "Look at test error: float has 1.00 %" in conclusion(runs("float", [1.0]), runs("blaq", [2.0]))
     assert "Look at test error: laq has 1.00 %" in conclusion(runs("float", [2.0]), runs("laq", [1.0]))

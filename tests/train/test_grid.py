@@ -106,6 +106,8 @@ def test_quotes_are_no_part_of_a_text() -> None:
         ({"optim.period": ["1", "11"]}, "expected period <= epochs"),
         ({"optim.a": ["0.5", "0.50"]}, "two combinations are the same run"),
         ({"optim.bits": ["1", "binary"]}, "two combinations are the same run"),
+        ({"optim.rules.fc1": ["4", "linear4"]}, "two combinations are the same run"),
+        ({"optim.rules.fc1": ["4", "{bits = 4}"]}, "two combinations are the same run"),
         ({"optim.method": ["laq", "lqa"]}, "did you mean 'laq'"),
     ],
 )

@@ -66,6 +66,11 @@ def test_a_rate_with_a_failed_run_is_not_chosen() -> None:
     assert tuning.failures == {"laq-lr0.2-s1": "diverged"}
 
 
+def test_a_rate_whose_run_has_lost_its_metrics_is_not_chosen() -> None:
+    found = [run("laq", 0.1, (3.0, 0.3)), run("laq", 0.2)]
+    assert choose(["laq"], [0.1, 0.2], 1, found, {}, by_loss=False).chosen == {"laq": 0.1}
+
+
 def test_a_choice_at_the_edge_is_told() -> None:
     found = [run("laq", rate, (rate, 0.3)) for rate in (0.1, 0.2, 0.3)]
     found += [run("blaq", rate, (abs(rate - 0.2), 0.3)) for rate in (0.1, 0.2, 0.3)]

@@ -28,6 +28,10 @@ def report(
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"report(out={str(out)!r}): expected the name of an HTML file, such as report.html.")
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise ValueError(
+            f"report(figures={str(figures)!r}): expected a folder, new or not, and this is a file; name another."
+        )
     made = build(read_runs(runs), read_sweeps(runs))
     write_page(made, out)
     for task in made.tasks:

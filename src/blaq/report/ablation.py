@@ -5,13 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-import numpy as np
-
+from blaq.report.contrast import AXIS_WORDS, fullest, validation_field
 from blaq.report.contrast import best as lowest
-from blaq.report.contrast import fullest, validation_field
 from blaq.report.figures import BLUE, BLUES, VERMILLION, Figure, View, axis_label, base_layout, encoded
 from blaq.report.panels import Panel, Variant
-from blaq.report.rules import Standing, standing
+from blaq.report.rules import Standing, equal_lengths, standing
 from blaq.report.settings import method_name, setting_text
 from blaq.report.words import loss_digits
 from blaq.train.statistics import paired
@@ -47,17 +45,9 @@ def _fields(text: bool) -> list[str]:
     return ["test_loss", "train_loss"] if text else ["test_error", "train_loss"]
 
 
-def _spread(variant: Variant, name: str) -> tuple[float, float]:
-    """Mean and sample standard deviation (NaN for one seed) of a field over the seeds."""
-    values = list(variant.results(name).values())
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return variant.mean(name), sd
-
-
 def _shown(variant: Variant, name: str) -> str:
-    mean, sd = _spread(variant, name)
-    digits = 2 if name == "test_error" else loss_digits(mean)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+    sample = variant.sample(name)
+    return sample.show(2 if name == "test_error" else loss_digits(sample.mean))
 
 
 def _title(panel: Panel, variants: Sequence[Variant], name: str, *, text: bool) -> str:
@@ -69,13 +59,15 @@ def _title(panel: Panel, variants: Sequence[Variant], name: str, *, text: bool) 
     laq = lowest(named or panel.controls, best.seeds, text=text)
     if laq is None or laq is best or best.method == "laq":
         return title
-    stands = standing(paired(best.results(name), laq.results(name)))
+    alike = any(equal_lengths(best.mean(axis), laq.mean(axis)) for axis in AXIS_WORDS)
+    stands = standing(paired(best.results(name), laq.results(name))) if alike else "unknown"
     whose = ("LAQ's" if len(named) == 1 else f"{laq.label}'s") if named else "LAQ's (a = 1)"
     said: dict[Standing, str] = {
         "ahead": "lower than", "behind": "higher than", "level": "within seed noise of", "unknown": "beside",
         "flat": "with the same difference in every seed, so no interval, to",
     }  # fmt: skip
-    return f"{title}, {said[stands]} {whose} {_shown(laq, name)}{unit}"
+    longer = "" if alike else f" after {laq.mean('steps'):,.0f} steps to {best.mean('steps'):,.0f}"
+    return f"{title}, {said[stands]} {whose} {_shown(laq, name)}{unit}{longer}"
 
 
 def _caption(variants: Sequence[Variant]) -> str:
@@ -137,10 +129,10 @@ def _points(panel: Panel, variants: Sequence[Variant], setting: str, slug: str, 
     laq = lowest([v for v in panel.controls if v.method == "laq" and v not in variants], text=text)
     y = {}
     for name in _fields(text):
-        spread = [_spread(variant, name) for variant in ordered]
-        sds = [0.0 if math.isnan(sd) else sd for _, sd in spread]
+        samples = [variant.sample(name) for variant in ordered]
+        sds = [0.0 if math.isnan(of.sd) else of.sd for of in samples]
         layers: list[Mapping[str, Any]] = [
-            {"y": encoded([mean for mean, _ in spread]), "error_y": {"type": "data", "array": sds, "thickness": 1.5}}
+            {"y": encoded([of.mean for of in samples]), "error_y": {"type": "data", "array": sds, "thickness": 1.5}}
         ]
         if laq is not None:
             layers.append({"y": encoded([laq.mean(name)] * len(ordered))})

@@ -22,10 +22,12 @@ COLOURS = {"laq": BLUE, "blaq": VERMILLION, "past": GREEN, "delayed": PURPLE, "b
 CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY, "#8C510A")
 DASHES = {"laq": "solid", "blaq": "solid", "past": "dash", "delayed": "dot", "bwn": "dashdot", "float": "longdash"}
 BLUES = ("#E8F1FA", "#C6DBEF", "#9ECAE1", "#6BAED6", "#4292C6")  # black text can be read on all of them
-CIVIDIS = ("#00224E", "#35456C", "#666970", "#948E77", "#C8B866", "#FEE838")
+# The middle of plasma (matplotlib): its ends do not show on dark or on white.
+PLASMA = ("#9C179E", "#B83289", "#CC4778", "#E16462", "#F2844B", "#FCA636")
 
 MAX_POINTS = 500  # of a curve; longer ones show every k-th epoch
 DECADE = 10.0
+MOST_ENDS = 4  # named in a title
 MAX_LEGEND = 12  # entries; beyond that the hover text names the curves
 
 MEASURES = {
@@ -158,8 +160,8 @@ def colours(variants: Sequence[Variant]) -> list[str]:
         count, rank = methods.count(method), methods[:index].count(method)
         if count == 1:
             found.append(COLOURS.get(method, SKY))
-        else:  # the ends of the scale do not show on dark or on white
-            found.append(_on_scale(0.35 + 0.45 * rank / (count - 1)))
+        else:
+            found.append(_on_scale(rank / (count - 1)))
     return found
 
 
@@ -272,8 +274,9 @@ def _convergence_title(panel: Panel, measure: str, axis: Any, *, text: bool) -> 
         parts.append(f"{variant.label} {said[found.standing(difference)]}")
     if parts:
         return f"{what.capitalize()} against LAQ at equal {words}: {'; '.join(parts)}"
-    ends = [f"{variant.label}: {variant.band(measure).mean[-1]:.3g}" for variant in panel.variants[:4]]
-    return f"{what.capitalize()} at the end: {'; '.join(ends)}"
+    ends = [f"{variant.label}: {variant.band(measure).mean[-1]:.3g}" for variant in panel.variants[:MOST_ENDS]]
+    more = f"; and {len(panel.variants) - MOST_ENDS} more" if len(panel.variants) > MOST_ENDS else ""
+    return f"{what.capitalize()} at the end: {'; '.join(ends)}{more}"
 
 
 def _late_title(measure: str, variants: Sequence[Variant], bands: Sequence[Band | None]) -> str:
@@ -297,10 +300,10 @@ def _seeds_caption(bands: Sequence[Band | None]) -> str:
 
 
 def _on_scale(position: float) -> str:
-    """A colour of cividis, which reads the same with any colour vision, as #RRGGBB."""
-    at = position * (len(CIVIDIS) - 1)
-    low = min(int(at), len(CIVIDIS) - 2)
-    pairs = [(int(CIVIDIS[low][i : i + 2], 16), int(CIVIDIS[low + 1][i : i + 2], 16)) for i in (1, 3, 5)]
+    """A colour of the scale, from dark to light, so that it can be told apart with any colour vision, as #RRGGBB."""
+    at = position * (len(PLASMA) - 1)
+    low = min(int(at), len(PLASMA) - 2)
+    pairs = [(int(PLASMA[low][i : i + 2], 16), int(PLASMA[low + 1][i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(one + (at - low) * (two - one)):02X}" for one, two in pairs)
 
 

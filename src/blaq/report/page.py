@@ -13,10 +13,10 @@ from blaq import __version__
 from blaq.report.ablation import ablations
 from blaq.report.contrast import challengers, featured
 from blaq.report.figures import Figure, View, convergence, zigzag
-from blaq.report.panels import Panel, Task, arrange, differing_settings, task_key
+from blaq.report.panels import Panel, Task, arrange, differing_settings, may_state, task_key
 from blaq.report.read import Run, Sweep
 from blaq.report.settings import OF_THE_LENGTH, OF_THE_METHOD, method_name, read_settings, setting_name
-from blaq.report.signs import PROBE, broken_off, failed
+from blaq.report.signs import PROBE, broken_off, failed, other_data
 from blaq.report.tables import Table, costs, layer_table, run_table, version_table
 from blaq.report.verdict import headline, verdict
 from blaq.report.weights import layer_zigzag, trajectories
@@ -174,7 +174,12 @@ def _task(task: Task, prefix: str, sweeps: Sequence[Sweep]) -> TaskPart:
         title=task.title,
         summary=_summary(task),
         headline=headline(task),
-        statements=[*(panels[0].statements if len(panels) == 1 else []), *failed(own), *broken_off(task)],
+        statements=[
+            *(panels[0].statements if len(panels) == 1 else []),
+            *failed(own),
+            *other_data(task),
+            *broken_off(task),
+        ],
         panels=panels,
         recipe=first.recipe.to_toml(),
         differences=_differences(task),
@@ -240,9 +245,9 @@ def _differences(task: Task) -> list[str]:
     if len(bits) > 1:
         lines.append(f"bits: {', '.join(bits)}")
     varied: dict[str, dict[str, None]] = {}
-    settings = [read_settings(run) for run in task.runs if run.recipe.optim.trains_by.quantized]
+    settings = [read_settings(run) for run in task.runs]
     for name in sorted(differing_settings(settings) - {*OF_THE_METHOD, *OF_THE_LENGTH, "optim.bits"}):
-        varied[name] = dict.fromkeys(str(of.get(name, "none")) for of in settings)
+        varied[name] = dict.fromkeys(str(of.get(name, "none")) for of in settings if may_state(of, name))
     for panel in task.panels:
         for name, values in panel.varied.items():
             varied.setdefault(name, {}).update(dict.fromkeys(map(str, values)))

@@ -14,8 +14,17 @@ import numpy as np
 
 from blaq.grids import Grid
 from blaq.report.read import TOTAL, Column, Run
-from blaq.report.settings import METHOD_NAMES, OF_THE_LENGTH, OF_THE_METHOD, method_name, read_settings, setting_text
+from blaq.report.settings import (
+    METHOD_NAMES,
+    OF_THE_LENGTH,
+    OF_THE_METHOD,
+    ORDER,
+    method_name,
+    read_settings,
+    setting_text,
+)
 from blaq.train.config import Recipe
+from blaq.train.statistics import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +83,14 @@ class Variant:
         found = {run.seed: (run.result or {}).get(name) for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if isinstance(value, int | float)}
 
+    def sample(self, name: str) -> Sample:
+        """A field of the result over the seeds."""
+        return Sample(tuple(self.results(name).values()))
+
     def mean(self, name: str) -> float:
         """Mean of a field of the result over the seeds; NaN where no run has it."""
-        values = self.results(name).values()
-        return math.fsum(values) / len(values) if values else math.nan
+        sample = self.sample(name)
+        return sample.mean if sample.values else math.nan
 
     def band(self, measure: str) -> Band:
         """A column of the metrics over training."""
@@ -165,7 +178,7 @@ def _task(runs: Sequence[Run]) -> Task:
     for shared in panel_settings:
         members = [(run, of) for run, of, key in zip(runs, settings, keys, strict=True) if _agree(key, shared)]
         finished = [(run, of) for run, of in members if run.result is not None and run.epochs]
-        unset = sorted(name for name in differing - shared.keys() if "optim.bits" in shared or not _of_optimizer(name))
+        unset = sorted(name for name in differing - shared.keys() if may_state(shared, name))
         stated = [*shared, *unset]
         names = [name for name in stated if name in differing or name == "optim.bits"]
         label = ", ".join(setting_text(name, shared.get(name)) for name in names)
@@ -193,18 +206,26 @@ def differing_settings(settings: Sequence[Mapping[str, Any]]) -> set[str]:
     """Those that differ among settings, or that some state and others not, as an option of the network; of the optimizer's,
     as a rule for a layer, some with a grid.
     """
-    quantized = [of for of in settings if "optim.bits" in of]
     found = _differing(settings)
     for name in {name for of in settings for name in of}:
-        stated = [name in of for of in (quantized if _of_optimizer(name) else settings)]
-        if any(stated) and not all(stated):
+        stated = [name in of for of in settings if may_state(of, name)]
+        if any(stated) and not all(stated) and name != ORDER:
             found.add(name)
     return found
 
 
+def may_state(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether a setting that is not stated could have been: of the optimizer's a float run has only those it reads."""
+    return name in settings or "optim.bits" in settings or not _of_optimizer(name)
+
+
 def _differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
     names = {name for of in settings for name in of}
-    return {name for name in names if len({repr(of[name]) for of in settings if name in of}) > 1}
+    found = {name for name in names if len({repr(of[name]) for of in settings if name in of}) > 1}
+    orders = {of[ORDER] for of in settings if ORDER in of}
+    if len({frozenset(order) for order in orders}) == len(orders):  # other rules, not the same in another order
+        found.discard(ORDER)
+    return found
 
 
 def _telling(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,5 +1,6 @@
 """Run directories and folders of them, read into memory: only what the files say."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ TOTAL = "total"  # the layer of zigzag.jsonl that stands for all quantized weigh
 # Columns that every line has to have; of the others those are read that are there.
 AXES = ("epoch", "steps", "gradient_evaluations")
 METRICS = (*AXES, "seconds", "train_loss", "validation_loss", "validation_error")
+# Of a result; a run that lacked one would drop out of its means and pairs without a word.
+RESULT = ("steps", "gradient_evaluations", "seconds", "train_loss", "validation_loss", "validation_error", "test_loss",
+          "test_error")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,7 @@ class Run:
         path: the directory.
         recipe: what was run.
         versions: what it was computed with.
+        data: what it was computed on; empty in runs of versions that did not note it.
         metrics: the columns of metrics.jsonl, one value an epoch; empty before the first epoch has ended.
         result: the outcome; None for an unfinished run.
         zigzag: layer to the columns of zigzag.jsonl, NaN where a measure has no value; empty for a run without probes.
@@ -39,6 +44,7 @@ class Run:
     path: Path
     recipe: Recipe
     versions: Mapping[str, Any]
+    data: Mapping[str, Any]
     metrics: Mapping[str, Column]
     result: Mapping[str, Any] | None
     zigzag: Mapping[str, Mapping[str, Column]]
@@ -140,18 +146,26 @@ def read_sweeps(paths: Iterable[Path]) -> list[Sweep]:
 
 
 def _read_sweep(path: Path) -> Sweep:
-    failures = (_if_there(path / "results.json") or {}).get("failures", {})
-    design = read_json(comparison_file(path))
+    results, design = path / "results.json", comparison_file(path)
+    failures = (_if_there(results) or {}).get("failures", {})
+    if not isinstance(failures, dict):
+        raise damaged(results, f"failures={failures!r}: expected a table of run names and messages")
+    found = read_json(design)
+    target, seeds = found.get("target"), found.get("seeds", [])
+    if target is not None and not _is_number(target):
+        raise damaged(design, f"target={target!r}: expected a number or null")
+    if not isinstance(seeds, list) or not all(map(_is_number, seeds)):
+        raise damaged(design, f"seeds={seeds!r}: expected a list of numbers")
     return Sweep(
         path=path,
         recipe=load_recipe(path / "recipe.toml"),
-        target=design.get("target"),
+        target=target,
         failures={
-            name: why
+            name: str(why)
             for name, why in failures.items()
             if not any((path / part / name / "result.json").exists() for part in ("runs", "tuning"))
         },
-        seeds=frozenset(design.get("seeds", ())),
+        seeds=frozenset(seeds),
     )
 
 
@@ -161,14 +175,18 @@ def read_run(path: Path, name: str = "") -> Run:
     Raises:
         ValueError: no run, or a file that is not what a run writes.
     """
-    directory, recipe = open_run(path)
+    try:
+        directory, recipe = open_run(path)
+    except ValueError as error:  # of a recipe it names the file alone, and there is one in every run
+        raise ValueError(f"report: {str(path)!r}: {error}") from None
     return Run(
         name=name or path.resolve().name,
         path=path,
         recipe=recipe,
         versions=_if_there(path / "versions.json") or {},
+        data=_if_there(path / "data.json") or {},
         metrics=_parsed(directory.metrics_file, lambda rows: _columns(rows, METRICS)),
-        result=_if_there(directory.result_file),
+        result=_result(directory.result_file),
         zigzag=_parsed(directory.zigzag_file, _zigzag),
     )
 
@@ -210,6 +228,20 @@ def _if_there(file: Path) -> dict[str, Any] | None:
     return read_json(file) if file.exists() else None
 
 
+def _result(file: Path) -> dict[str, Any] | None:
+    found = _if_there(file)
+    if found is None:
+        return None
+    for name in RESULT:
+        if not _is_number(found.get(name)):
+            raise damaged(file, f"{name}={found.get(name)!r}: expected a finite number")
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _stem(name: str) -> str:
     """The name of a comparison's run without its seed."""
     return name.rpartition("-s")[0]
@@ -243,4 +275,7 @@ def _columns(rows: Rows, needed: Sequence[str]) -> dict[str, Column]:
         return {}
     columns = {name: [row[name] for row in rows] for name in needed}
     columns |= {name: [row.get(name) for row in rows] for name in rows[0] if name not in (*needed, "layer")}
-    return {name: np.array(column, dtype=float) for name, column in columns.items()}
+    arrays = {name: np.array(column, dtype=float) for name, column in columns.items()}
+    if lists := [name for name, array in arrays.items() if array.ndim != 1]:
+        raise ValueError(f"lists for {', '.join(lists)}: expected numbers")
+    return arrays

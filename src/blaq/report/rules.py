@@ -15,6 +15,7 @@ from blaq.train.statistics import CONFIDENCE, Difference
 EQUAL = 0.01  # relative difference of steps or gradients below which two runs are of equal length
 SLOW = 1.5  # times LAQ's steps to the loss that LAQ has at half of its run
 RISEN = 1.5  # times its lowest, of the training loss at the end
+LOST = 0.10  # of what training had gained by its lowest loss: near zero a loss wavers by more than half
 PILED_UP = 1.5  # gradient error in the last third of a run, times that in the first
 LITTLE_ZIGZAG = 0.10  # of `turning`, LAQ's
 FALLEN = 0.8  # of `turning`, relative to LAQ's: below it zig-zag has fallen
@@ -103,15 +104,20 @@ def is_slow(ratio: float) -> bool:
 
 
 def diverges(loss: Values) -> bool:
-    """Whether a training loss ends well above its lowest, or is not finite.
+    """Whether a training loss ends well above its lowest, with a part of what was gained lost again, or is not finite.
 
     Example:
         >>> diverges([1.0, 0.5, 0.55]), diverges([1.0, 0.5, 0.9]), diverges([1.0, math.nan])
         (False, True, True)
+        >>> diverges([0.7, 0.008, 0.014])  # a wobble at the bottom
+        False
     """
     if not len(loss):
         return False
-    return not math.isfinite(loss[-1]) or bool(loss[-1] > RISEN * np.nanmin(loss))
+    if not math.isfinite(loss[-1]):
+        return True
+    lowest = np.nanmin(loss)
+    return bool(loss[-1] > RISEN * lowest and loss[-1] - lowest > LOST * (loss[0] - lowest))
 
 
 def growth(error: Values) -> float:

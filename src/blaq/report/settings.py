@@ -19,6 +19,7 @@ METHOD_NAMES = {
 SETTING_NAMES = {"optim.period": "m", "optim.lr": "learning rate", "optim.trial_every": "trial every"}
 
 RULES = "optim.rules."  # and the pattern
+ORDER = "optim.rules"  # the patterns of several rules: the first that matches a layer wins
 
 # What tells variants of a panel apart; all other settings tell panels apart.
 OF_THE_METHOD = ("optim.method", "optim.a", "optim.period", "optim.trial_every", "optim.lr")
@@ -38,6 +39,8 @@ def setting_text(name: str, value: Any) -> str:
     """
     if name.startswith(RULES):
         return f"{setting_name(name)}: {value or 'no rule'}"
+    if name == ORDER:
+        return f"rules in the order {', '.join(value or ())}"
     if name == "optim.bits":
         grid = Grid.parse(value)
         return f"{grid.bits} {'bit' if grid.bits == 1 else 'bits'} ({grid.name})"
@@ -69,6 +72,8 @@ def read_settings(run: Run) -> dict[str, Any]:
     tree = toml.to_tree(run.recipe)
     tree["optim"]["rules"] = {pattern: _rule_text(rule) for pattern, rule in run.recipe.optim.rules.items()}
     flat = dict(_flat(tree))
+    if len(run.recipe.optim.rules) > 1:
+        flat[ORDER] = tuple(run.recipe.optim.rules)
     if "optim.bits" in flat:
         flat["optim.bits"] = Grid.parse(flat["optim.bits"]).name
     return {

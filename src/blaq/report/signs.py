@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from blaq.report import rules
 from blaq.report.contrast import Comparison, late_zigzag
 from blaq.report.panels import Task, Variant
-from blaq.report.read import Sweep
+from blaq.report.read import Run, Sweep
 from blaq.report.words import MINUS, Statement
 
 PROBE = "--set probes.every=10"
 MOST_MESSAGES = 6
-
+_RISEN = f"more than {rules.RISEN:g} times its lowest, with over {100 * rules.LOST:g} % of the fall from the first epoch lost"
 
 _DIVERGENCE_ADVICE = (
     "Try a lower learning rate (optim.lr), a bound on the latent weights (optim.clip=1), a nearer to 1, or more bits for the "
@@ -70,9 +70,30 @@ def broken_off(task: Task) -> Iterator[Statement]:
         yield Statement(
             "sign",
             f"Divergence: the training loss was rising where {', '.join(run.name for run in rising[:6])} broke off",
-            f"It ended at more than {rules.RISEN:g} times its lowest.",
+            f"It ended at {_RISEN}.",
             _DIVERGENCE_ADVICE,
         )
+
+
+def other_data(task: Task) -> Iterator[Statement]:
+    """Which runs of the same `data` settings saw other data than most: their differences are not the methods' alone."""
+    together: dict[str, dict[str, list[Run]]] = {}
+    for run in task.runs:
+        if run.data:
+            seen = together.setdefault(repr(run.recipe.data), {})
+            seen.setdefault(repr(sorted(run.data.items())), []).append(run)
+    for seen in together.values():
+        most, *others = sorted(seen.values(), key=len, reverse=True)
+        for runs in others:
+            changed = [f"{name} {value}, not {most[0].data.get(name)}" for name, value in runs[0].data.items()
+                       if most[0].data.get(name) != value]  # fmt: skip
+            named = ", ".join(run.name for run in runs[:MOST_MESSAGES]) + (", .." if len(runs) > MOST_MESSAGES else "")
+            yield Statement(
+                "sign",
+                f"{len(runs)} {'run' if len(runs) == 1 else 'runs'} saw other data under the same settings",
+                f"{named}: {', '.join(changed)} as {most[0].name} has. Differences between them are not the methods' alone.",
+                "Make them again with the data of the others.",
+            )
 
 
 def own_signs(variant: Variant) -> Iterator[Statement]:
@@ -82,7 +103,7 @@ def own_signs(variant: Variant) -> Iterator[Statement]:
         yield Statement(
             "sign",
             f"Divergence: the training loss of {variant.label} rises at the end",
-            f"In {len(rising)} of {len(variant.runs)} runs it ends at more than {rules.RISEN:g} times its lowest.",
+            f"In {len(rising)} of {len(variant.runs)} runs it ends at {_RISEN}.",
             _DIVERGENCE_ADVICE,
         )
     band = variant.zigzag_band("gradient_error")
@@ -114,6 +135,7 @@ def _no_gain(variant: Variant, control: Variant) -> Iterator[Statement]:
         [late_zigzag(of, name) for of in (control, variant)] for name in ("zigzag_rate", "gradient_cosine")
     )
     laq, own = (rules.turning(rate, cosine) for rate, cosine in zip(rates, cosines, strict=True))
+    fresh = variant.runs[0].recipe.optim.trains_by.trial == "fresh"
     found, found_own = (
         f"{rate:.1%} of {of.label}'s updates turn back in the second half of training, and the cosine of its successive "
         f"gradients is {cosine:.2f}".replace("%", " %").replace("-", MINUS)
@@ -132,8 +154,9 @@ def _no_gain(variant: Variant, control: Variant) -> Iterator[Statement]:
             f"No gain of {variant.label} over {control.label}: little zig-zag to remove",
             f"{found} (a sign: at most {rules.LITTLE_ZIGZAG:.0%} turn back, and a cosine above "
             f"{MINUS}{rules.LITTLE_ZIGZAG:g}).".replace("0%", "0 %"),
-            "Plain LAQ is the better use of the gradients here: train longer with it. Fewer bits or a higher learning rate "
-            "make more zig-zag.",
+            # Only a second gradient in a step is one that LAQ could have used.
+            ("Plain LAQ is the better use of the gradients here: train longer with it. " if fresh else "")
+            + "Fewer bits or a higher learning rate make more zig-zag.",
         )
     else:
         fell = rules.zigzag_fell(own, laq)

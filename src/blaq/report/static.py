@@ -79,7 +79,9 @@ def positions(figure: Figure) -> Iterator[tuple[str, int, dict[str, Any]]]:
         for x, x_view in (figure.x or {"": View("", [])}).items():
             parts = [figure.slug, y if len(figure.y) > 1 else "", x]
             name = "-".join(part.replace("_", "-").replace(".", "-") for part in parts if part)
-            title = "<br>".join(textwrap.wrap(figure.titles[f"{y} {x}"], CHARACTERS))
+            # A line does not end inside of "a = 0.5".
+            whole = figure.titles[f"{y} {x}"].replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+            title = "<br>".join(textwrap.wrap(whole, CHARACTERS))
             lines = title.count("<br>") + 1
             yield name, figure.height + 60 + 22 * lines, _spec(figure, [y_view, x_view], title, lines)
 

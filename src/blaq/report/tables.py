@@ -18,6 +18,7 @@ from blaq.report.words import loss_digits
 from blaq.tasks.models import build_model
 from blaq.train.inspect import Layer, layers, occupancy
 from blaq.train.module import build_groups
+from blaq.train.statistics import Sample
 
 MAX_CHECKPOINT = 200_000_000  # bytes; larger ones are left to `blaq inspect`
 
@@ -212,11 +213,11 @@ def _cell(run: Run, name: str, spec: str) -> str:
 
 
 def _spread(values: dict[int, float], spec: str) -> str:
-    found = np.array(list(values.values()))
-    if not len(found):
+    if not values:
         return ""
-    spread = f" ± {found.std(ddof=1):{spec}}" if len(found) > 1 and found.std() > 0 else ""
-    return f"{found.mean():{spec}}{spread}"
+    sample = Sample(tuple(values.values()))
+    spread = f" ± {sample.sd:{spec}}" if sample.sd > 0 else ""  # what is equal by design, such as steps, has none
+    return f"{sample.mean:{spec}}{spread}"
 
 
 def _bytes(count: float) -> str:

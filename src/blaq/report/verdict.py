@@ -164,10 +164,15 @@ def _float_cost(panel: Panel, *, text: bool) -> Iterator[Statement]:
     cost = paired(control.results(field), full.results(field))
     smaller = control.mean("float_bytes") / control.mean("bytes")
     if cost is not None and not math.isnan(smaller):
+        noise = ", within seed noise" if rules.standing(cost) == "level" else ""
+        steps = [of.mean("steps") for of in (control, full)]
+        lengths = (
+            "" if rules.equal_lengths(*steps) else f", after {steps[0]:,.0f} steps where float32 took {steps[1]:,.0f}"
+        )
         yield Statement(
             "note",
             f"{control.label} weights are {smaller:.0f} times smaller than float32",
-            f"Against float32 they cost {difference_text(cost, show)} of test {'loss' if text else 'error'}.",
+            f"Against float32 they cost {difference_text(cost, show)} of test {'loss' if text else 'error'}{noise}{lengths}.",
         )
 
 

@@ -27,6 +27,7 @@ from blaq.report.panels import Variant
 from blaq.report.read import TOTAL, Column, Run, Trajectory, read_trajectories
 from blaq.tasks.models import build_model
 from blaq.train.module import build_groups
+from blaq.train.statistics import Sample
 
 MAX_WEIGHTS = len(CYCLE)
 MAX_LAYERS = 6
@@ -195,7 +196,10 @@ def layer_zigzag(variants: Sequence[Variant], slug: str) -> Figure | None:
     layout["xaxis"] |= {"rangemode": "tozero"}
     layout["yaxis"] |= {"type": "category", "autorange": "reversed"}
     titles = {f"{measure} ": _layers_title(probed, names, measure) for measure in y}
-    caption = "Mean over the second half of training; whiskers are ± one standard deviation over the seeds."
+    caption = (
+        "Mean over the second half of training; whiskers are ± one standard deviation over the seeds. The title counts means, "
+        "however near."
+    )
     return Figure(slug, titles, caption, traces, layout, y, height=130 + 26 * len(names))
 
 
@@ -209,7 +213,8 @@ def late_spread(variant: Variant, measure: str, layer: str) -> tuple[float, floa
             values.append(late * (100 if measure in PERCENT else 1))
     if not values:
         return math.nan, math.nan
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    sample = Sample(tuple(values))
+    return sample.mean, sample.sd
 
 
 def _layers_title(variants: Sequence[Variant], names: Sequence[str], measure: str) -> str:

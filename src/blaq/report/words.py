@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from blaq.train.statistics import Difference
@@ -35,11 +36,16 @@ def difference_text(difference: Difference, show: Callable[[float], str]) -> str
     Example:
         >>> difference_text(Difference((-0.25, -0.20, -0.15)), points)
         '−0.20 points (95 % interval −0.32 to −0.08, 3 seeds)'
+        >>> difference_text(Difference((0.0002, 0.0004, 0.0005)), plain)
+        '+0.00037 (95 % interval −0.00001 to +0.00075, 3 seeds)'
     """
     seeds = len(difference.values)
     if math.isnan(difference.half_width):
         return f"{show(difference.mean)} ({'1 seed' if seeds == 1 else f'the same for {seeds} seeds'}, so no interval)"
     unit = " points" if show is points else ""
+    if show is plain:  # the ends to the same place as the middle
+        digits = max(0, 1 - math.floor(math.log10(difference.half_width)))
+        show = partial(_fixed, digits=digits)
     low, high = (show(difference.mean + side * difference.half_width).removesuffix(unit) for side in (-1, 1))
     return f"{show(difference.mean)} (95 % interval {low} to {high}, {seeds} seeds)"
 
@@ -62,6 +68,10 @@ def plain(value: float) -> str:
         ('+0.00012', '−1.5')
     """
     return _signed(value, f"{float(f'{abs(value):.2g}'):.10f}".rstrip("0").rstrip(".") or "0")
+
+
+def _fixed(value: float, digits: int) -> str:
+    return _signed(value, f"{abs(value):.{digits}f}")
 
 
 def loss_digits(mean: float) -> int:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from blaq.grids import Grid
 from blaq.train import toml
-from blaq.train.config import METHODS, Recipe
+from blaq.train.config import METHODS, Recipe, RuleConfig
 from blaq.train.sweep import Job
 
 MOST_VALUES = 10_000
@@ -120,7 +120,15 @@ def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Itera
 def _identity(recipe: Recipe) -> str:
     """The same text for recipes of the same run: a grid has several names."""
     optim = recipe.optim
-    return replace(recipe, optim=replace(optim, bits=Grid.parse(optim.bits).name)).to_toml()
+    rules = {pattern: _one_form(rule) for pattern, rule in optim.rules.items()}
+    return replace(recipe, optim=replace(optim, bits=Grid.parse(optim.bits).name, rules=rules)).to_toml()
+
+
+def _one_form(rule: int | str | RuleConfig) -> RuleConfig:
+    """A rule as a table with the name of its grid, however it was written."""
+    table = rule if isinstance(rule, RuleConfig) else RuleConfig(bits=rule)
+    named = table.bits if table.bits in (None, "float") else Grid.parse(table.bits).name
+    return replace(table, bits=named)
 
 
 def unquoted(key: str, value: str) -> str:

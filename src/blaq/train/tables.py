@@ -104,7 +104,8 @@ def _rich(columns: Columns, headline: str) -> Table:
 def markdown_table(columns: Columns) -> str:
     """The table in Markdown."""
     lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1), *zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    # A pattern of a rule may hold what parts cells.
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 
 def write_tables(

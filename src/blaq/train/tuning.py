@@ -97,7 +97,8 @@ def choose(
     for name in names:
         candidates = []
         for order, rate in enumerate(rates):
-            metrics = [run.metrics for run in runs if run.settings == {"setting": name, "lr": repr(rate)}]
+            own = [run.metrics for run in runs if run.settings == {"setting": name, "lr": repr(rate)}]
+            metrics = [lines for lines in own if lines]  # a run may have lost its file
             row: dict[str, Any] = {"setting": name, "lr": rate, "seeds": seeds}
             row |= {"validation_error": None, "validation_loss": None, "chosen": False}
             rows.append(row)

@@ -22,13 +22,12 @@ def judge(group: Group, measure: Measure, budget: Budget, *, several: bool = Fal
         ]
         if found:
             parts.append(f"{phrase}: {_and(found)}")
-    undecided = [
-        f"{setting.name} ({difference.show(measure.digits)})"
-        for setting, difference in judged
-        if difference is not None and difference.verdict == "open"
-    ]
-    if undecided:
-        parts.append(f"no difference beyond seed noise shown: {_and(undecided)}")
+    unjudged: dict[str, list[str]] = {phrase: [] for phrase in _UNJUDGED}
+    for setting, difference in judged:
+        if setting is not reference and (phrase := _why_open(difference)):
+            shown = "" if difference is None else f" ({difference.show(measure.digits)})"
+            unjudged[phrase].append(f"{setting.name}{shown}")
+    parts += [f"{phrase}: {_and(names)}" for phrase, names in unjudged.items() if names]
     return f"Look at {measure.name}{where}: {'; '.join(parts)} [{_basis(group, measure, budget)}].{_cost(group)}"
 
 
@@ -42,13 +41,25 @@ def _basis(group: Group, measure: Measure, budget: Budget) -> str:
     if pairs == [1]:
         return f"a single seed, which cannot tell anything from seed noise; {equal}"
     seeds = " or ".join(map(str, pairs))
-    flat = any(_flat(difference) for difference in found)
+    flat = any(difference.flat for difference in found)
     note = "; differences without any spread have no interval" if flat else ""
     return f"95 % intervals, paired t, {seeds} seeds{note}; {equal}"
 
 
-def _flat(difference: Difference) -> bool:
-    return len(difference.values) > 1 and not difference.spread
+_OPEN, _FLAT, _APART = _UNJUDGED = (
+    "no difference beyond seed noise shown",
+    "the same difference in every seed, so no claim",
+    "without a seed in common with it",
+)
+
+
+def _why_open(difference: Difference | None) -> str:
+    """Why a difference is neither ahead nor behind; empty if it is one of them."""
+    if difference is None:
+        return _APART
+    if difference.verdict != "open":
+        return ""
+    return _FLAT if difference.flat else _OPEN
 
 
 def _cost(group: Group) -> str:
