@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -333,6 +334,34 @@ def test_images_of_different_sizes_need_image_size(tmp_path):
         load_dataset(str(tmp_path / "odd"))
     assert cache_files(tmp_path) == []
     assert load_dataset(str(tmp_path / "odd"), image_size=4).input_shape == (1, 4, 4)
+
+
+def test_metadata_of_columns_renamed_since_are_passed_over(tmp_path):
+    features = {"img": {"_type": "Image"}, "lbl": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}
+    for name, count in (("train", 30), ("test", 3)):
+        write(tmp_path / "small" / f"{name}.parquet", numbered(0, count), features=features)
+    dataset = load_dataset(str(tmp_path / "small"))
+    assert (dataset.classes, dataset.class_names) == (3, ("0", "1", "2"))
+
+
+def test_folders_called_like_files_are_looked_into(folder):
+    for name in ("train", "test"):
+        file = (folder / f"{name}.parquet").rename(folder / "moved")
+        (folder / f"{name}.parquet").mkdir()
+        file.rename(folder / f"{name}.parquet" / "part-00000-0c1f.snappy.parquet")
+    dataset = load_dataset(str(folder))
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (36, 4, 20)
+
+
+def test_the_data_say_where_they_come_from(folder, monkeypatch):
+    (folder / "input.txt").write_text("to be or not to be " * 20)
+    assert load_dataset(str(folder), sequence=5).place == str(folder / "input.txt")
+    (folder / "input.txt").unlink()
+    monkeypatch.setenv("BLAQ_DATA", str(folder.parent))
+    assert str(load_dataset("someone/small")) == (
+        f"data small from {folder}: 36 examples to train on, 4 to validate, 20 to test; 3 classes"
+    )
+    assert load_dataset("digits").place == "scikit-learn"
 
 
 # --- cache
@@ -673,9 +702,59 @@ def damaged_later(folder: Path) -> None:
     (folder / "train.parquet").write_bytes(data)
 
 
+def with_metadata(text: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "train.parquet"
+        pa.parquet.write_table(pa.parquet.read_table(path).replace_schema_metadata({"huggingface": text}), path)
+
+    return spoil
+
+
+def with_a_name_twice(folder: Path) -> None:
+    for path in (folder / "train.parquet", folder / "test.parquet"):
+        table = pa.parquet.read_table(path)
+        pa.parquet.write_table(table.append_column("label", table["label"]), path)
+
+
+def with_texts_for_images(folder: Path) -> None:
+    for path in (folder / "train.parquet", folder / "test.parquet"):
+        pa.parquet.write_table(pa.table({"image": [{"bytes": "iVBORw0K"}] * 2, "label": [0, 1]}), path)
+
+
+def with_paths_for_images(folder: Path) -> None:
+    for path in (folder / "train.parquet", folder / "test.parquet"):
+        table = pa.table({"image": ["a.png", "b.png"], "label": [0, 1]})
+        features = {"info": {"features": {"image": {"_type": "Image"}}}}
+        pa.parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (
+            with_metadata("{"),
+            r"train of small: expected the schema's \"huggingface\" metadata as .*, found b'\{'; write",
+        ),
+        (
+            with_metadata("[]"),
+            r"train of small: expected the schema's \"huggingface\" metadata .*, found b'\[\]'; write",
+        ),
+        (
+            with_a_name_twice,
+            r"test.parquet: expected every column to have a name of its own, found image.*; rename one",
+        ),
+        (
+            with_texts_for_images,
+            r"train of small: expected one image column \{bytes, path\}, found image: struct<bytes: s",
+        ),
+        (
+            with_paths_for_images,
+            r"train of small: expected one image column \{bytes, path\}, found image: string, label",
+        ),
+        (
+            lambda f: write(f / "train.parquet", numbered(0, 2), [0, 10**12]),
+            r"small: expected labels .* fewer than 1048576, column 'label' has 1000000000000; number them anew",
+        ),
         (lambda f: (f / "test.parquet").unlink(), r"small: expected train and test files, found 'train'"),
         (
             lambda f: (f / "train.parquet").rename(f / "all.parquet"),

@@ -114,6 +114,13 @@ ERRORS = [
     ("hf:resnet", {"classes": 3, "num_labels": 3}, r"classes=3 and num_labels=3 mean the same"),
     ("hf:resnet", {"task": "text-generation"}, r"task='text-generation': expected one of image-classification\."),
     ("hf:sam", {}, r"expected a model type with a head for one of image-classification, text-"),
+    ("hf:vit", {"id2label": 5}, r"name='hf:vit'\): transformers refuses the config \(AttributeError: "),
+    ("hf:vit", {"hidden_act": "nope"}, r"name='hf:vit'\): transformers refuses the config \(.*nope"),
+    (
+        "hf:bert",
+        {**BERT, "num_attention_heads": 7},
+        r"name='hf:bert'\): transformers refuses the config \(.*hidden.size",
+    ),
     ("hf:./no-such-folder", {}, r"expected a folder with a config\.json; nothing is downloaded"),
 ]
 
@@ -122,6 +129,13 @@ ERRORS = [
 def test_errors_name_the_option_and_the_way_out(name, options, message):
     with pytest.raises(ValueError, match=message):
         build_model(name, **options)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_config_is_said(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=r"name='hf:.*'\): '.*config\.json' is not the JSON of a config"):
+        build_model(f"hf:{tmp_path}")
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):

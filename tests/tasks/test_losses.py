@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from blaq.tasks.losses import LOSSES, cross_entropy, error_rate, squared_hinge
+from blaq.tasks.losses import LOSSES, cross_entropy, squared_hinge
 
 
 @pytest.fixture
@@ -78,13 +78,7 @@ def test_squared_hinge_of_half_precision_logits_is_computed_in_float32(dtype, lo
     assert half.grad.dtype == dtype
 
 
-def test_error_rate_counts_wrong_predictions():
-    logits = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    assert error_rate(logits, torch.tensor([1, 0, 0, 0])).item() == 0.25
-    assert error_rate(logits.reshape(2, 2, 2), torch.tensor([[1, 0], [1, 1]])).item() == 0.25
-
-
-@pytest.mark.parametrize("function", [squared_hinge, cross_entropy, error_rate])
+@pytest.mark.parametrize("function", [squared_hinge, cross_entropy])
 def test_targets_that_would_broadcast_are_refused(function):
     with pytest.raises(ValueError, match=rf"{function.__name__}\(targets of shape \(5,\)\): expected \(3, 5\)"):
         function(torch.zeros(3, 5, 4), torch.zeros(5, dtype=torch.int64))

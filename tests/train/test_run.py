@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from rich.console import Console
 from torch import nn
 
 from blaq.optim.blaq import BLAQ
-from blaq.tasks.data import Batches, Split
+from blaq.tasks.data import Batches, Dataset, Split
 from blaq.tasks.losses import squared_hinge
 from blaq.train import journal
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, load_recipe
 from blaq.train.directory import RunDirectory
 from blaq.train.display import Display
 from blaq.train.module import TaskModule
+from blaq.train.restore import restore
 from blaq.train.run import _settings, _trainer, evaluate, load_data, train
 
 STEPS = 6  # an epoch: 300 examples, 50 a batch
@@ -447,6 +449,61 @@ def test_a_damaged_checkpoint_is_said(name: str, tmp_path: Path) -> None:
             train(RECIPE, tmp_path, resume=True, progress=False)
 
 
+def test_a_checkpoint_without_all_that_a_run_needs_is_said(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path, progress=False, display=Interruption(STEPS + 1))
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    shutil.copyfile(path, tmp_path / "checkpoints" / "best.ckpt")
+    saved = torch.load(path, weights_only=True)
+    weights = saved["state_dict"]
+    spoilt = [
+        ({key: value for key, value in saved.items() if key != lost}, f"best.ckpt' is not .*: it lacks '{lost}'; make")
+        for lost in ("state_dict", "optimizer_states", "callbacks", "loops")
+    ]
+    spoilt += [
+        ({**saved, "optimizer_states": []}, "it lacks 'optimizer_states'"),
+        ([saved], "it lacks 'epoch', 'global_step', 'state_dict'"),
+        (
+            {**saved, "state_dict": {**weights, "model.fc1.weight": weights["model.fc1.weight"][:1]}},
+            r"does not fit the network of the recipe beside it \(size mismatch for .*fc1\.weight: ",
+        ),
+        (
+            {**saved, "state_dict": {}},
+            r"does not fit the network .* \(Missing key.*\); if another version of a library",
+        ),
+    ]
+    for content, message in spoilt:
+        for name in ("best", "last"):
+            torch.save(content, tmp_path / "checkpoints" / f"{name}.ckpt")
+        for read in (evaluate, restore):
+            with pytest.raises(ValueError, match=message):
+                read(tmp_path)
+        with pytest.raises(ValueError, match=message.replace("best", "last")):
+            train(RECIPE, tmp_path, resume=True, progress=False)
+
+
+def test_a_lost_checkpoint_is_said_before_training_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path, progress=False, display=Interruption(STEPS + 1))
+    (tmp_path / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"best\.ckpt' is lost, though an epoch has ended; put it back"):
+        train(RECIPE, tmp_path, resume=True, progress=False)
+    assert checkpoint(tmp_path)["epoch"] == 0
+    with pytest.raises(ValueError, match=r"best\.ckpt' is lost"):
+        evaluate(tmp_path)
+
+
+def test_lost_metrics_are_said_before_training_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path, progress=False, display=Interruption(2 * STEPS + 1))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for text in ("", lines[0], lines[1], '{"a": 1}\n' * 2):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl' is damaged \(expected the lines of epochs 1 to 2\)"):
+            train(RECIPE, tmp_path, resume=True, progress=False)
+        assert checkpoint(tmp_path)["epoch"] == 1
+
+
 def test_damaged_metrics_are_said(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, tmp_path, progress=False, display=Interruption(STEPS + 1))
@@ -500,6 +557,22 @@ def test_a_recipe_that_cannot_run_leaves_no_directory(tmp_path: Path, monkeypatc
     with pytest.raises(
         ValueError, match=r"'mlp': outputs of shape \(50, 2, 10\) .*, expected \(50, 10\); choose another"
     ):
+        train(RECIPE, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_refuses_the_inputs_itself_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of transformers do, which compare the number of channels."""
+
+    class Particular(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise ValueError("Expected 3 but got 1.")
+
+    monkeypatch.setattr("blaq.train.module.build_model", lambda name, **options: Particular(64, 10))
+    message = (
+        r"model\.options of 'mlp': the network does not take inputs of shape \(1, 8, 8\) .* \(Expected 3 but got 1"
+    )
+    with pytest.raises(ValueError, match=message):
         train(RECIPE, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -657,6 +730,48 @@ def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
     train(RECIPE, tmp_path / "run", display=second)
     assert "choose another directory" in second.refusal
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_run_made_while_the_data_were_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes begin at once, and one is done before the other has its data."""
+
+    def slow(data: DataConfig) -> Dataset:
+        dataset = load_data(data)
+        train(RECIPE.with_(["train.epochs=1"]), tmp_path / "run", progress=False, dataset=dataset)
+        return dataset
+
+    monkeypatch.setattr("blaq.train.run.load_data", slow)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        train(RECIPE, tmp_path / "run", progress=False)
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [1]
+
+
+def test_an_epoch_is_on_the_disk_before_its_checkpoint_has_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power failure then leaves the epoch before, or this one."""
+    done: list[str] = []
+
+    def fsync(number: int) -> None:
+        inode = os.fstat(number).st_ino
+        done.extend(path.name for path in (tmp_path / "run").rglob("*") if path.stat().st_ino == inode)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append(Path(target).name)
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "fsync", fsync)
+        patch.setattr(journal.os, "replace", renamed)
+        train(RECIPE.with_(["train.epochs=1"]), tmp_path / "run", progress=False)
+    assert done.index("metrics.jsonl") < done.index("last.partial") < done.index("best.ckpt") < done.index("last.ckpt")
+
+
+def test_a_run_says_where_its_data_are_from(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    train(RECIPE.with_(["train.epochs=1"]), tmp_path / "run", display=Display(console))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("data digits from scikit-learn: 300 examples to train on, 100 to validate, 200 to test") == 1
 
 
 def test_gradients_that_lightning_accumulates_are_refused_for_two() -> None:

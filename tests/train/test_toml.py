@@ -189,6 +189,22 @@ def test_a_number_needs_no_digit_before_or_after_its_point(text: str, value: obj
     assert changed(f"second.free.a={text}").second.free == {"a": value}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[.9, 1.]", [0.9, 1.0]),
+        ("[[.5,-.25e1], 3]", [[0.5, -2.5], 3]),
+        ("{p=.1, q = 2., r=[.5]}", {"p": 0.1, "q": 2.0, "r": [0.5]}),
+        ("[.5, \"a, .5, b\", '.5']", [0.5, "a, .5, b", ".5"]),
+        ("[.5, x]", "[.5, x]"),  # no TOML either way: as it was written
+        ("[1.2.]", "[1.2.]"),
+        ("a = .5", "a = .5"),
+    ],
+)
+def test_nor_do_the_numbers_of_a_list_or_table(text: str, value: object) -> None:
+    assert changed(f"second.free.a={text}").second.free == {"a": value}
+
+
 def test_none_is_a_text_where_nothing_may_be_unset() -> None:
     assert changed("title=none", "first.table.a=none", "second.free.a=none") == Root(
         title="none", first=First(count=1, table={"a": "none"}), second=Second(free={"a": "none"})

@@ -27,12 +27,11 @@ def plan(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Show what a recipe makes of each parameter, how large the result will be, and the memory that training takes."""
     from blaq.optim.memory import memory_report
     from blaq.optim.plan import plan as table
-    from blaq.tasks.models import build_model
     from blaq.train.config import load_recipe
-    from blaq.train.module import build_groups
+    from blaq.train.module import groups_of
 
     resolved = load_recipe(recipe, set_ or ())
-    groups = build_groups(build_model(resolved.model.name, **resolved.model.options), resolved.optim)
+    groups = groups_of(resolved)
     say(f"{table(groups)}\n{memory_report(groups, resolved.optim.trains_by.trial)}")
 
 

@@ -75,6 +75,7 @@ class Dataset:
         input_shape: shape of one input: (C, H, W), or (T,) for text.
         mean, std: float32 (C,), of the training images scaled to 0..1; empty for text, which is not normalised.
         class_names: name of each class; for text the vocabulary, one character each.
+        place: where the data were found, a path in most cases.
     """
 
     name: str
@@ -86,6 +87,20 @@ class Dataset:
     mean: Tensor
     std: Tensor
     class_names: tuple[str, ...] = ()
+    place: str = ""
+
+    def __str__(self) -> str:
+        """One line that says which data these are.
+
+        >>> split = Split(torch.zeros(1200, 1), torch.zeros(1200))
+        >>> print(Dataset("mnist", split, split, split, 10, (1,), torch.zeros(1), torch.ones(1), place="/data/mnist"))
+        data mnist from /data/mnist: 1,200 examples to train on, 1,200 to validate, 1,200 to test; 10 classes
+        """
+        found = f" from {self.place}" if self.place else ""
+        return (
+            f"data {self.name}{found}: {len(self.train):,} examples to train on, {len(self.validation):,} to validate, "
+            f"{len(self.test):,} to test; {self.classes} classes"
+        )
 
     def description(self) -> dict[str, int | str]:
         """What tells other data: the sizes of the splits, the number of classes, and a digest of their names and of up to

@@ -40,14 +40,15 @@ def find_columns(part: Part) -> Columns:
     """The image and the label column: by the schema's "huggingface" metadata or, lacking that, by name and type.
 
     Raises:
-        ValueError: there is not one of each, or the label column holds neither integers nor text.
+        ValueError: there is not one of each, the label column holds neither integers nor text, or the metadata are not
+            in the datasets layout.
     """
     schema: pa.Schema = part.table.schema
-    kinds = {name: feature.get("_type") for name, feature in _features(schema).items()}
+    kinds = {name: feature.get("_type") for name, feature in _features(schema, part.name).items()}
     images = [name for name, kind in kinds.items() if kind == "Image"]
     if not images:
         images = [field.name for field in schema if pa.types.is_struct(field.type) and "bytes" in _members(field.type)]
-    if len(images) != 1:
+    if len(images) != 1 or not _holds_files(schema.field(images[0]).type):
         raise ValueError(f"{part.name}: expected one image column {{bytes, path}}, found {fields(schema)}.")
 
     classes = [name for name, kind in kinds.items() if kind == "ClassLabel"]
@@ -95,15 +96,28 @@ def fields(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """What the "huggingface" metadata say of each column."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features", {})
-    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+def _features(schema: pa.Schema, place: str) -> dict[str, dict[str, Any]]:
+    """What the "huggingface" metadata say of each column that there is: columns renamed since keep their old entry."""
+    written = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = json.loads(written).get("info", {}).get("features", {}).items()
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f'{place}: expected the schema\'s "huggingface" metadata as the datasets library writes them, found '
+            f"{written[:60]!r}; write the files without them."
+        ) from None
+    return {name: feature for name, feature in features if name in schema.names and isinstance(feature, dict)}
 
 
 def _members(struct: pa.StructType) -> list[str]:
     return [struct.field(k).name for k in range(struct.num_fields)]
+
+
+def _holds_files(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind) or "bytes" not in _members(kind):
+        return False
+    held = kind.field("bytes").type
+    return "binary" in str(held) or bool(pa.types.is_null(held))  # binary, large_binary, binary_view
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -139,11 +153,12 @@ def _encoded(
 def _class_names(parts: dict[str, Part], column: str) -> tuple[str, ...] | None:
     """The names by the files' metadata, the same in all that have any: else one number would mean two classes."""
     files = [
-        (getattr(fragment, "path", part.name), _features(fragment.physical_schema).get(column, {}).get("names"))
+        (getattr(fragment, "path", part.name), fragment.physical_schema)
         for part in parts.values()
         for fragment in part.table.get_fragments()  # one for each file
     ]
-    named = [(place, names) for place, names in files if names]
+    found = [(place, _features(schema, place).get(column, {}).get("names")) for place, schema in files]
+    named = [(place, names) for place, names in found if names]
     if not named:
         return None
     first, known = named[0]

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,10 +80,11 @@ def load_dataset(
             "data.image_size."
         )
     if source == "digits":
-        return _digits(wanted)
+        return replace(_digits(wanted), place="scikit-learn")
     if text is not None:
-        return _text(text, wanted, sequence)
-    return _images(source, path, wanted, image_size)
+        return replace(_text(text, wanted, sequence), place=str(text))
+    place = "the Hugging Face hub" if path is None else str(path)
+    return replace(_images(source, path, wanted, image_size), place=place)
 
 
 @dataclass(frozen=True)

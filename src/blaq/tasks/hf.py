@@ -47,15 +47,20 @@ def hf_network(source: str, /, *, task: str | None = None, classes: int | None =
     task = _choose_task(owner, transformers.CONFIG_MAPPING[model_type], task, saved.get("architectures"))
     if classes is not None:
         options = _sized(owner, task, classes, options)
-    config = _config(owner, model_type, saved | options)
-    if task == "text-generation" and "use_cache" not in options:
-        config.use_cache = False  # keys and values of earlier calls are of no use in training
     builders: dict[str, Any] = {
         "image-classification": transformers.AutoModelForImageClassification,
         "text-classification": transformers.AutoModelForSequenceClassification,
         "text-generation": transformers.AutoModelForCausalLM,
     }
-    network: nn.Module = builders[task].from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **(saved | options))
+        if task == "text-generation" and "use_cache" not in options:
+            config.use_cache = False  # keys and values of earlier calls are of no use in training
+        network: nn.Module = builders[task].from_config(
+            config, dtype=torch.get_default_dtype(), trust_remote_code=False
+        )
+    except Exception as error:  # every model type raises its own kinds at values that it cannot use
+        raise ValueError(f"{owner}: transformers refuses the config ({type(error).__name__}: {error}).") from error
     network.register_forward_hook(_logits_only)
     return network
 
@@ -73,7 +78,12 @@ def _read_config(owner: str, folder: Path) -> tuple[str, dict[str, Any]]:
             f"{owner}: expected a folder with a config.json; nothing is downloaded from the hub, "
             f"write it first with AutoConfig.from_pretrained(...).save_pretrained(folder)."
         )
-    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or not even text
+        raise ValueError(f"{owner}: {str(path)!r} is not the JSON of a config ({error}).") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{owner}: {str(path)!r} is not the JSON of a config: expected an object.")
     return saved.pop("model_type", ""), saved
 
 
@@ -120,13 +130,3 @@ def _sized(owner: str, task: str, classes: int, options: dict[str, Any]) -> dict
     if task == "text-generation":  # the special tokens of the original vocabulary do not exist in another one
         options = {"bos_token_id": None, "eos_token_id": None} | options
     return options | {field: classes}
-
-
-def _config(owner: str, model_type: str, options: dict[str, Any]) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.for_model(model_type, **options)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{owner}: {error}") from error

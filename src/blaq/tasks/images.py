@@ -30,6 +30,7 @@ _ROLES = {
     "test": "test",
 }
 _ROLE = re.compile(rf"({'|'.join(_ROLES)})(?![a-z])")
+_MOST_CLASSES = 1 << 20  # what are more are numbers of something else, such as persons
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})$")
 _HUB_CONFIGS = {"ufldl-stanford/svhn": "cropped_digits"}  # where the hub has several data sets under one name
 
@@ -60,6 +61,11 @@ def read_images(parts: dict[str, Part], name: str, image_size: int | None) -> Im
     if "validation" in parts and ("test" not in parts or bool((labels["test"] < 0).all())):
         parts["test"], labels["test"] = parts.pop("validation"), labels.pop("validation")
     highest = max(int(values.max()) for values in labels.values())
+    if highest >= _MOST_CLASSES:
+        raise ValueError(
+            f"{name}: expected labels that number the classes from 0, fewer than {_MOST_CLASSES}, column {columns.label!r} "
+            f"has {highest}; number them anew, or write them as text."
+        )
     class_names = class_names or tuple(str(k) for k in range(highest + 1))
     for role, part in parts.items():
         low, high = int(labels[role].min()), int(labels[role].max())
@@ -89,7 +95,7 @@ def folder_parts(folder: Path) -> dict[str, Part]:
         ValueError: there are none, a file belongs to no split, a shard is missing, or files disagree on their columns.
     """
     files: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*.parquet")):
+    for path in sorted(path for path in folder.rglob("*.parquet") if path.is_file()):  # Spark has folders called so
         steps = path.relative_to(folder).with_suffix("").parts
         roles = [_ROLES[match[1]] for step in reversed(steps) if (match := _ROLE.match(step))]
         if not roles:
@@ -173,6 +179,10 @@ def _check_columns(paths: list[Path]) -> None:
             schemas[path] = pyarrow.parquet.read_schema(path)
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path}: expected a Parquet file ({error}); fetch it again.") from error
+        if len(set(schemas[path].names)) < len(schemas[path].names):
+            raise ValueError(
+                f"{path}: expected every column to have a name of its own, found {fields(schemas[path])}; rename one."
+            )
         if not schemas[path].equals(schemas[paths[0]]):
             raise ValueError(
                 f"{path}: expected the columns of {paths[0]}, {fields(schemas[paths[0]])}, found "

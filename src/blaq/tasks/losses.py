@@ -1,4 +1,4 @@
-"""The losses the networks are trained with, and the error rate they are judged by.
+"""The losses the networks are trained with.
 
 Classes lie in the last dimension of the logits, so (N, C) and (N, T, C) need no case of their own.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "cross_entropy", "error_rate", "squared_hinge"]
+__all__ = ["LOSSES", "cross_entropy", "squared_hinge"]
 
 
 def squared_hinge(logits: Tensor, targets: Tensor) -> Tensor:
@@ -61,17 +61,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     _check_shapes("cross_entropy", logits, targets)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-
-def error_rate(logits: Tensor, targets: Tensor) -> Tensor:
-    """Share of wrong predictions, 0 to 1, a float32 scalar: the class with the largest logit is not the target.
-
-    >>> import torch
-    >>> error_rate(torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.tensor([1, 1]))
-    tensor(0.5000)
-    """
-    _check_shapes("error_rate", logits, targets)
-    return (logits.argmax(-1) != targets).float().mean()
 
 
 def _check_shapes(owner: str, logits: Tensor, targets: Tensor) -> None:

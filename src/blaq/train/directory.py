@@ -16,6 +16,7 @@ A run is finished when its result is there.
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,12 +27,17 @@ import lightning
 import numpy
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor, nn
 
 import blaq
 from blaq.train.config import Recipe, load_recipe
 
 Checkpoint = Literal["best", "last"]
 
+_LOCK = ".lock"
+
+# What a checkpoint must hold to be trained on from.
+_KEYS = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks")
 _IN_ORDER = "optim.rules"  # the table of a recipe whose order matters: the first match wins
 
 
@@ -82,10 +88,14 @@ class RunDirectory:
         """The best or the last checkpoint.
 
         Raises:
-            ValueError: there is none yet.
+            ValueError: there is none yet, or none any more.
         """
         path = self.checkpoint(name)
         if not path.exists():
+            if self.checkpoint("last").exists():
+                raise ValueError(
+                    f"{str(path)!r} is lost, though an epoch has ended; put it back, or make the run again."
+                )
             raise ValueError(f"{str(self.path)!r} has no {name} checkpoint yet: its first epoch has not ended.")
         return path
 
@@ -93,7 +103,7 @@ class RunDirectory:
         """What the best or the last checkpoint holds, on the CPU; with `mmap` read when it is looked at.
 
         Raises:
-            ValueError: there is none yet, or it cannot be read.
+            ValueError: there is none yet, it cannot be read, or it is not what a run writes.
         """
         path = self.existing(name)
         try:
@@ -103,7 +113,26 @@ class RunDirectory:
             raise ValueError(
                 f"{str(path)!r} cannot be read ({reason}); if it is damaged, take the other checkpoint, or make the run again."
             ) from error
+        missing = [key for key in _KEYS if key not in saved] if isinstance(saved, dict) else _KEYS
+        if missing or not saved["optimizer_states"]:
+            lacks = ", ".join(map(repr, missing or ["optimizer_states"]))
+            raise ValueError(f"{str(path)!r} is not a run's checkpoint: it lacks {lacks}; make the run again.")
         return saved
+
+    def load_weights(self, module: nn.Module, name: Checkpoint, weights: Mapping[str, Tensor]) -> None:
+        """Put the weights of the best or the last checkpoint into the network they are of.
+
+        Raises:
+            ValueError: their names or shapes are other ones.
+        """
+        try:
+            module.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = textwrap.shorten(str(error).partition(":")[2], 300, placeholder=" ...")  # a line for every layer
+            raise ValueError(
+                f"{str(self.checkpoint(name))!r} does not fit the network of the recipe beside it ({reason}); if another "
+                "version of a library or another config.json builds it otherwise now, go back to the former one."
+            ) from error
 
     @property
     def finished(self) -> bool:
@@ -137,7 +166,6 @@ class RunDirectory:
 
     def create(self, recipe: Recipe, data: Mapping[str, int | str]) -> None:
         """Write what a run begins with, unless it is there."""
-        self.path.mkdir(parents=True, exist_ok=True)
         if not self.recipe_file.exists():
             write_atomically(self.recipe_file, recipe.to_toml())
         if not self._versions_file.exists():
@@ -153,7 +181,8 @@ class RunDirectory:
             ValueError: one does already.
         """
         try:
-            with FileLock(self.path / ".lock", timeout=0):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / _LOCK, timeout=0):
                 yield
         except Timeout:
             raise ValueError(
@@ -182,8 +211,15 @@ class RunDirectory:
         append_rows(self.metrics_file, [row])
 
     def truncate_metrics(self, epochs: int) -> None:
-        """Keep the lines of the first `epochs` epochs: what a checkpoint does not know did not happen."""
-        write_rows(self.metrics_file, [row for row in self.metrics() if row["epoch"] <= epochs])
+        """Keep the lines of the first `epochs` epochs: what a checkpoint does not know did not happen.
+
+        Raises:
+            ValueError: one of them is missing.
+        """
+        rows = self.metrics()[:epochs]
+        if [row.get("epoch") for row in rows] != [*range(1, epochs + 1)]:
+            raise damaged(self.metrics_file, f"expected the lines of epochs 1 to {epochs}")
+        write_rows(self.metrics_file, rows)
 
 
 def open_run(path: Path) -> tuple[RunDirectory, Recipe]:
@@ -210,8 +246,8 @@ def comparison_file(folder: Path) -> Path:
 
 
 def names_in(folder: Path) -> set[str]:
-    """What lies in a folder, without what a kill has left of a file."""
-    return {path.name for path in folder.iterdir() if path.suffix != ".partial"}
+    """What lies in a folder, without what a kill has left of a file, and without the lock."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".partial" and path.name != _LOCK}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -261,6 +297,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add lines to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())  # else a power failure could leave a checkpoint that is ahead of them
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -81,6 +81,8 @@ class Journal(Callback):
         last = self.directory.checkpoint("last")
         partial = last.with_suffix(".partial")
         trainer.save_checkpoint(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # else a power failure could leave an empty file in place of the last good one
         if best:
             copy = last.with_name("best.partial")
             shutil.copyfile(partial, copy)

@@ -26,6 +26,11 @@ def build_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     return param_groups(model, optim.bits, optim.granularity, optim.solver, optim.group_rules())
 
 
+def groups_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """The param groups of a recipe over a network of its own, for a plan of it."""
+    return build_groups(build_model(recipe.model.name, **recipe.model.options), recipe.optim)
+
+
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> BLAQ:
     """The optimizer of a recipe; from here on the quantized parameters of `model` hold scale times level."""
     method = optim.trains_by
@@ -150,7 +155,8 @@ class TaskModule(LightningModule):
         try:
             with torch.no_grad():
                 logits = self.model(inputs)
-        except (RuntimeError, IndexError) as error:  # the latter of an embedding with too few rows
+        # IndexError: of an embedding with too few rows; ValueError: what transformers itself checks.
+        except (RuntimeError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{owner}: the network does not take inputs of shape {tuple(inputs.shape[1:])} and {inputs.dtype} ({error}); "
                 f"{self.dataset.name} has {self.dataset.classes} classes."

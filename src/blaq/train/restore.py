@@ -23,6 +23,7 @@ def restore(run: Path, checkpoint: Checkpoint = "best") -> tuple[Recipe, nn.Modu
     with torch.random.fork_rng(devices=[]):  # building draws initial weights, only to overwrite them
         model = build_model(recipe.model.name, **recipe.model.options)
     optimizer = build_optimizer(model, recipe.optim)
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state["state_dict"].items()})
+    weights = {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
+    directory.load_weights(model, checkpoint, weights)
     optimizer.load_state_dict(state["optimizer_states"][0])
     return recipe, model, optimizer

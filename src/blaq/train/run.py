@@ -112,10 +112,11 @@ def train(
         module.check()
         groups = build_groups(module.model, recipe.optim)
         size = plan(groups)
-        display.detail(f"{size}\n{memory_report(groups, recipe.optim.trains_by.trial)}\n")
+        display.detail(f"{size}\n{memory_report(groups, recipe.optim.trains_by.trial)}\n{module.dataset}\n")
         data = module.dataset.description()
-        directory.create(recipe, data)
         with directory.locked():
+            directory.check(recipe, resume=resume)  # again: another process may have been here while the data were read
+            directory.create(recipe, data)
             for change in [*directory.version_changes(), *directory.data_changes(data)]:
                 display.say(f"Note: {change}; the end may differ from that of an uninterrupted run.")
             journal = _fit(module, directory, display)
@@ -175,7 +176,7 @@ def load_data(data: DataConfig) -> Dataset:
 def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journal:
     last = directory.checkpoint("last")
     resumed = last.exists()
-    epochs, steps = _progress(directory) if resumed else (0, 0)
+    epochs, steps = _progress(directory, module) if resumed else (0, 0)
     directory.truncate_metrics(epochs)
     probes.truncate(directory, epochs, steps)
     if resumed:
@@ -200,9 +201,13 @@ def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journ
     return journal
 
 
-def _progress(directory: RunDirectory) -> tuple[int, int]:
-    """The epochs and steps that the last checkpoint has behind it."""
+def _progress(directory: RunDirectory, module: TaskModule) -> tuple[int, int]:
+    """The epochs and steps that the last checkpoint has behind it; that it can be continued is seen before anything is
+    written.
+    """
+    directory.existing("best")
     saved = directory.load("last", mmap=True)
+    directory.load_weights(module, "last", saved["state_dict"])
     return saved["epoch"] + 1, saved["global_step"]
 
 
@@ -250,7 +255,7 @@ def _peak_memory() -> int | None:
 def _evaluate(
     module: TaskModule, directory: RunDirectory, checkpoint: Checkpoint, split: Literal["validation", "test"]
 ) -> Evaluation:
-    module.load_state_dict(directory.load(checkpoint, mmap=True)["state_dict"])
+    directory.load_weights(module, checkpoint, directory.load(checkpoint, mmap=True)["state_dict"])
     data = module.dataset.test if split == "test" else module.dataset.validation
     interrupts = Interrupts()
     with interrupts.handled():

@@ -10,16 +10,25 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import date, time
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from blaq.tasks.hints import did_you_mean
+
 T = TypeVar("T")
 Tree = dict[str, Any]
 
 EXTENDS = "extends"
+
+# A quoted text, to be left as it is; or the number .5 or 5., which TOML does not know, by itself or inside a list or a table.
+_BARE_POINT = re.compile(
+    r"""(?:"[^"]*"|'[^']*')|(?<![^\s,=\[{])([+-]?(?:\d+\.|\.\d+)(?:e[+-]?\d+)?)(?![^\s,\]}])""",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def read_layers(schema: type, path: Path, shipped: Mapping[str, Path]) -> list[Tree]:
@@ -59,7 +68,7 @@ def find(name: str | Path, folder: Path, shipped: Mapping[str, Path], origin: st
         return path
     if str(name) in shipped:
         return shipped[str(name)]
-    hint = _nearest(str(name), shipped) or "; `blaq list` shows the shipped ones."
+    hint = did_you_mean(str(name), shipped) or "; `blaq list` shows the shipped ones."
     raise ValueError(f"{origin}: {str(name)!r} is neither a file nor a shipped recipe{hint}")
 
 
@@ -79,7 +88,7 @@ def override(schema: type, tree: Tree, overrides: Iterable[str]) -> Tree:
 def split_override(schema: type, text: str) -> tuple[list[str], Any]:
     """Keys and value of ``key=value``: below a table of free keys the rest of the key is one key, dots and all.
 
-    The value is TOML, or a number without a digit before or after its point, as in .5; what is neither is text.
+    The value is TOML, in which a number needs no digit before or after its point, as in .5; what is not TOML is text.
 
     Raises:
         ValueError: no ``=``, or the key of a section.
@@ -97,12 +106,12 @@ def split_override(schema: type, text: str) -> tuple[list[str], Any]:
         keys.append(key)
     if not equals or is_dataclass(hint):
         raise ValueError(f"--set {text}: expected key=value with the key of a setting, such as optim.bits=2.")
-    try:
-        table = tomllib.loads(f"value = {written}")
-    except tomllib.TOMLDecodeError:
-        number = re.fullmatch(r"\s*[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?\s*", written, re.ASCII | re.IGNORECASE)
-        table = {"value": float(written)} if number else {}
-    return keys, table["value"] if len(table) == 1 else written.strip()
+    for value in (written, _BARE_POINT.sub(lambda found: repr(float(found[0])) if found[1] else found[0], written)):
+        with suppress(tomllib.TOMLDecodeError):
+            table = tomllib.loads(f"value = {value}")
+            if len(table) == 1:
+                return keys, table["value"]
+    return keys, written.strip()
 
 
 def _nested(keys: Sequence[str], value: Any) -> Any:
@@ -243,7 +252,7 @@ class _Check:
         choices = [choice for member in _members(hint) if get_origin(member) is Literal for choice in get_args(member)]
         expected = " or ".join(_describe(member) for member in _members(hint))
         raise ValueError(
-            f"{self.origin}: {_dotted(at)}={value!r}: expected {expected}{_nearest(str(value), choices) or '.'}"
+            f"{self.origin}: {_dotted(at)}={value!r}: expected {expected}{did_you_mean(str(value), choices) or '.'}"
         )
 
     def _did_you_mean(self, at: tuple[str, ...], key: str, siblings: Iterable[str]) -> str:
@@ -318,8 +327,3 @@ def _build(hint: Any, value: Any, at: tuple[str, ...]) -> Any:
 
 def _dotted(keys: Iterable[str]) -> str:
     return ".".join(keys)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
