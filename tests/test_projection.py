@@ -372,6 +372,9 @@ def test_every_threshold_is_half_way_and_a_tie_goes_outward(name: str, dtype: to
             for factor, expected in ((0.999, inner), (1.0, outer), (1.001, outer)):
                 found = nearest_levels(sign * factor * half_way, scale, grid)
                 assert torch.equal(found.squeeze(0), sign * expected)
+            beyond = sign * 1.9 * grid.largest * 2.0**exponent
+            found = nearest_levels(torch.full((1, 1), beyond, dtype=dtype), scale, grid)
+            assert found.item() == sign * grid.largest
 
 
 # --------------------------------------------------------------------------------------------------- degenerate rows

@@ -353,6 +353,13 @@ def test_folders_called_like_files_are_looked_into(folder):
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (36, 4, 20)
 
 
+def test_a_link_that_leads_nowhere_is_not_passed_over(folder):
+    """As a cache of the hub has them where a file was not fetched."""
+    (folder / "train-1.parquet").symlink_to(folder / "gone")
+    with pytest.raises(ValueError, match=r"train-1\.parquet: expected a Parquet file \(.*No such file"):
+        load_dataset(str(folder))
+
+
 def test_the_data_say_where_they_come_from(folder, monkeypatch):
     (folder / "input.txt").write_text("to be or not to be " * 20)
     assert load_dataset(str(folder), sequence=5).place == str(folder / "input.txt")

@@ -108,6 +108,7 @@ def test_quotes_are_no_part_of_a_text() -> None:
         ({"optim.bits": ["1", "binary"]}, "two combinations are the same run"),
         ({"optim.rules.fc1": ["4", "linear4"]}, "two combinations are the same run"),
         ({"optim.rules.fc1": ["4", "{bits = 4}"]}, "two combinations are the same run"),
+        ({"optim.rules.fc1": ["4", "{bits = 4, granularity = 'tensor'}"]}, "two combinations are the same run"),
         ({"optim.method": ["laq", "lqa"]}, "did you mean 'laq'"),
     ],
 )

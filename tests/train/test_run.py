@@ -24,6 +24,7 @@ from blaq.optim.blaq import BLAQ
 from blaq.tasks.data import Batches, Dataset, Split
 from blaq.tasks.losses import squared_hinge
 from blaq.train import journal
+from blaq.train import run as run_module
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, load_recipe
 from blaq.train.directory import RunDirectory
 from blaq.train.display import Display
@@ -493,6 +494,39 @@ def test_a_lost_checkpoint_is_said_before_training_goes_on(tmp_path: Path) -> No
         evaluate(tmp_path)
 
 
+def test_an_empty_or_a_lost_checkpoint_is_said_before_training_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(RECIPE, tmp_path, progress=False, display=Interruption(2 * STEPS + 1))
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    kept = best.read_bytes()
+    best.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"best\.ckpt' cannot be read"):
+        train(RECIPE, tmp_path, resume=True, progress=False)
+    best.write_bytes(kept)
+    (tmp_path / "checkpoints" / "last.ckpt").unlink()
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"last\.ckpt' is lost, though an epoch has ended"):
+        train(RECIPE, tmp_path, resume=True, progress=False)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_finished_meanwhile_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process, while this one reads its data."""
+    recipe = RECIPE.with_(["train.epochs=1"])
+    load, results = run_module.load_data, []
+
+    def slowly(data: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "load_data", load)
+            results.append(train(recipe, tmp_path, progress=False))
+        results.append((tmp_path / "result.json").stat().st_mtime_ns)
+        return load(data)
+
+    monkeypatch.setattr(run_module, "load_data", slowly)
+    assert train(recipe, tmp_path, resume=True, progress=False) == results[0]
+    assert (tmp_path / "result.json").stat().st_mtime_ns == results[1]
+
+
 def test_lost_metrics_are_said_before_training_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(RECIPE, tmp_path, progress=False, display=Interruption(2 * STEPS + 1))
@@ -764,7 +798,8 @@ def test_an_epoch_is_on_the_disk_before_its_checkpoint_has_the_name(
         patch.setattr(journal.os, "fsync", fsync)
         patch.setattr(journal.os, "replace", renamed)
         train(RECIPE.with_(["train.epochs=1"]), tmp_path / "run", progress=False)
-    assert done.index("metrics.jsonl") < done.index("last.partial") < done.index("best.ckpt") < done.index("last.ckpt")
+    names = ("metrics.jsonl", "best.partial", "best.ckpt", "last.partial", "last.ckpt")
+    assert [done.index(name) for name in names] == sorted(done.index(name) for name in names)
 
 
 def test_a_run_says_where_its_data_are_from(tmp_path: Path) -> None:

@@ -196,6 +196,7 @@ def test_a_number_needs_no_digit_before_or_after_its_point(text: str, value: obj
         ("[[.5,-.25e1], 3]", [[0.5, -2.5], 3]),
         ("{p=.1, q = 2., r=[.5]}", {"p": 0.1, "q": 2.0, "r": [0.5]}),
         ("[.5, \"a, .5, b\", '.5']", [0.5, "a, .5, b", ".5"]),
+        (r'["a\" .5, \"b", .5]', ['a" .5, "b', 0.5]),
         ("[.5, x]", "[.5, x]"),  # no TOML either way: as it was written
         ("[1.2.]", "[1.2.]"),
         ("a = .5", "a = .5"),

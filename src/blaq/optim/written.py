@@ -78,7 +78,7 @@ class Written:
         ahead = known.ahead if known is not None else None
         if ahead is None and group["grid"] is None and _at_trial_point(group, state):
             return True
-        return (known is not None and known.untouched) or self.holds_ours(group, p, state)
+        return self.holds_ours(group, p, state)
 
     def holds_ours(self, group: Group, p: Tensor, state: State) -> bool:
         """`is_ours` by the values themselves, which sees what was written through ``.data`` too."""

@@ -59,8 +59,13 @@ def hf_network(source: str, /, *, task: str | None = None, classes: int | None =
         network: nn.Module = builders[task].from_config(
             config, dtype=torch.get_default_dtype(), trust_remote_code=False
         )
+    except MemoryError:
+        raise
     except Exception as error:  # every model type raises its own kinds at values that it cannot use
-        raise ValueError(f"{owner}: transformers refuses the config ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"{owner}: transformers refuses the config ({type(error).__name__}: {error}); change model.options, or the "
+            "folder's config.json."
+        ) from error
     network.register_forward_hook(_logits_only)
     return network
 

@@ -95,7 +95,7 @@ def folder_parts(folder: Path) -> dict[str, Part]:
         ValueError: there are none, a file belongs to no split, a shard is missing, or files disagree on their columns.
     """
     files: dict[str, list[Path]] = {}
-    for path in sorted(path for path in folder.rglob("*.parquet") if path.is_file()):  # Spark has folders called so
+    for path in sorted(path for path in folder.rglob("*.parquet") if not path.is_dir()):  # Spark has folders called so
         steps = path.relative_to(folder).with_suffix("").parts
         roles = [_ROLES[match[1]] for step in reversed(steps) if (match := _ROLE.match(step))]
         if not roles:

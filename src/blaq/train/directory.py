@@ -92,7 +92,7 @@ class RunDirectory:
         """
         path = self.checkpoint(name)
         if not path.exists():
-            if self.checkpoint("last").exists():
+            if self.checkpoint("last").exists() or len(self.metrics()) > 1:
                 raise ValueError(
                     f"{str(path)!r} is lost, though an epoch has ended; put it back, or make the run again."
                 )

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from blaq.grids import Grid
 from blaq.train import toml
-from blaq.train.config import METHODS, Recipe, RuleConfig
+from blaq.train.config import METHODS, OptimConfig, Recipe, RuleConfig
 from blaq.train.sweep import Job
 
 MOST_VALUES = 10_000
@@ -120,15 +120,19 @@ def combinations(recipe: Recipe, sets: Mapping[str, Sequence[str]], seeds: Itera
 def _identity(recipe: Recipe) -> str:
     """The same text for recipes of the same run: a grid has several names."""
     optim = recipe.optim
-    rules = {pattern: _one_form(rule) for pattern, rule in optim.rules.items()}
+    rules = {pattern: _one_form(rule, optim) for pattern, rule in optim.rules.items()}
     return replace(recipe, optim=replace(optim, bits=Grid.parse(optim.bits).name, rules=rules)).to_toml()
 
 
-def _one_form(rule: int | str | RuleConfig) -> RuleConfig:
-    """A rule as a table with the name of its grid, however it was written."""
+def _one_form(rule: int | str | RuleConfig, optim: OptimConfig) -> RuleConfig:
+    """A rule as a table of all that it decides, with the name of its grid, however it was written."""
     table = rule if isinstance(rule, RuleConfig) else RuleConfig(bits=rule)
-    named = table.bits if table.bits in (None, "float") else Grid.parse(table.bits).name
-    return replace(table, bits=named)
+    bits = optim.bits if table.bits is None else table.bits
+    return RuleConfig(
+        bits=bits if bits == "float" else Grid.parse(bits).name,
+        granularity=table.granularity if table.granularity is not None else optim.granularity,
+        solver=table.solver if table.solver is not None else optim.solver,
+    )
 
 
 def unquoted(key: str, value: str) -> str:

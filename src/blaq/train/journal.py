@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -81,10 +82,15 @@ class Journal(Callback):
         last = self.directory.checkpoint("last")
         partial = last.with_suffix(".partial")
         trainer.save_checkpoint(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())  # else a power failure could leave an empty file in place of the last good one
         if best:
             copy = last.with_name("best.partial")
             shutil.copyfile(partial, copy)
-            os.replace(copy, self.directory.checkpoint("best"))
-        os.replace(partial, last)
+            _put(copy, self.directory.checkpoint("best"))
+        _put(partial, last)
+
+
+def _put(made: Path, name: Path) -> None:
+    """Give a file its name once it is on the disk: a power failure could leave an empty one in place of the last good one."""
+    with made.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(made, name)

@@ -116,6 +116,8 @@ def train(
         data = module.dataset.description()
         with directory.locked():
             directory.check(recipe, resume=resume)  # again: another process may have been here while the data were read
+            if directory.finished:
+                return read_result(directory)
             directory.create(recipe, data)
             for change in [*directory.version_changes(), *directory.data_changes(data)]:
                 display.say(f"Note: {change}; the end may differ from that of an uninterrupted run.")
@@ -176,6 +178,8 @@ def load_data(data: DataConfig) -> Dataset:
 def _fit(module: TaskModule, directory: RunDirectory, display: Display) -> Journal:
     last = directory.checkpoint("last")
     resumed = last.exists()
+    if not resumed and len(directory.metrics()) > 1:  # one: a run may have been killed before its first checkpoint
+        directory.existing("last")
     epochs, steps = _progress(directory, module) if resumed else (0, 0)
     directory.truncate_metrics(epochs)
     probes.truncate(directory, epochs, steps)
@@ -205,7 +209,7 @@ def _progress(directory: RunDirectory, module: TaskModule) -> tuple[int, int]:
     """The epochs and steps that the last checkpoint has behind it; that it can be continued is seen before anything is
     written.
     """
-    directory.existing("best")
+    directory.load("best", mmap=True)
     saved = directory.load("last", mmap=True)
     directory.load_weights(module, "last", saved["state_dict"])
     return saved["epoch"] + 1, saved["global_step"]

@@ -26,7 +26,7 @@ EXTENDS = "extends"
 
 # A quoted text, to be left as it is; or the number .5 or 5., which TOML does not know, by itself or inside a list or a table.
 _BARE_POINT = re.compile(
-    r"""(?:"[^"]*"|'[^']*')|(?<![^\s,=\[{])([+-]?(?:\d+\.|\.\d+)(?:e[+-]?\d+)?)(?![^\s,\]}])""",
+    r"""(?:"(?:\\.|[^"\\])*"|'[^']*')|(?<![^\s,=\[{])([+-]?(?:\d+\.|\.\d+)(?:e[+-]?\d+)?)(?![^\s,\]}])""",
     re.ASCII | re.IGNORECASE,
 )
 
