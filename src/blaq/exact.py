@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blaq.bins import PLAIN, Bins, Bounds, Cells, Loops, Near, Row, largest_first, magnitudes, sums_in_bins, thresholds
 from blaq.grids import Grid
-from blaq.solvers import add_up, blocks, nearest, sides
+from blaq.solvers import add_up, blocks, nearest, sides, value
 
 _TIE = 1e-12  # relative difference below which two optima are equal
 _ROUNDING = 1e-9  # relative error of sums over a row, with room: no cell is dropped for less
@@ -58,7 +58,7 @@ def _direct(u_RN: Tensor, d_RN: Tensor, grid: Grid) -> Tensor:
     s1 = torch.cat([base1, base1 + gain1.cumsum(1)], 1)
     s2 = torch.cat([base2, base2 + gain2.cumsum(1)], 1)
     largest = u_RN.amax(1, keepdim=True)  # NaN and Inf are for the caller to find
-    return torch.where(largest.isfinite(), _ratio(s1, s2, _first_best(_value(s1, s2))), largest)
+    return torch.where(largest.isfinite(), _ratio(s1, s2, _first_best(value(s1, s2))), largest)
 
 
 # --- one long row ---------------------------------------------------------------------------------------------------------
@@ -89,16 +89,18 @@ def _long_side(row: Row, side: int | None, largest: Tensor, bins: Bins, grid: Gr
     """
     if not largest > 0:
         return largest.new_zeros(1)
-    smallest = _smallest(row, side, bins)
-    if not grid.has_zero:
-        # Zeros never step: where all other entries are outermost, they draw alpha below every magnitude.
-        at = bins.bounds(smallest.view(1) / 2)
-        drawn = torch.where(at.s1_low > 0, at.s1_low / at.s2_high, smallest)
-        smallest = torch.minimum(smallest, drawn.squeeze(0))
-    cells = _first_cells(smallest, largest, grid)
+    cells = _first_cells(_smallest(row, side, bins), largest, grid)
+    zeros = not grid.has_zero and bool(bins.d_above[0] > bins.d_above[1])  # they are in the lowest bin
+    outermost = _all_outermost(row, bins) if zeros else None
+    if outermost is not None:
+        cells = cells._replace(best=outermost[0])
     # Bins cannot tell the entries inside them apart: cut until the cells are as narrow.
     cells = _prune(bins.bounds, cells, finest=2.0 ** -(row.digits + 1), few=lambda cells: not len(cells.highs))
-    best = _best_of(row, side, bins, cells)
+    if outermost is not None and not len(cells.highs):
+        best = outermost
+    else:
+        best = _best_of(row, side, bins, cells)
+        best = best if outermost is None else _better(best, outermost)
     return best[1] * _common_factor(row, best[1], grid)
 
 
@@ -137,12 +139,24 @@ def _smallest(row: Row, side: int | None, bins: Bins) -> Tensor:
     return least.double()
 
 
+def _all_outermost(row: Row, bins: Bins) -> tuple[float, Tensor]:
+    """The value and alpha of the candidate in which every entry but the zeros is outermost, on a grid without a zero level:
+    they never step, and may draw its alpha below every magnitude.
+    """
+    zeros = row.w.new_zeros((), dtype=torch.float64)
+    for w, d in row.chunks():
+        zeros += torch.where(w == 0, d.double(), 0.0).sum()
+    s1 = bins.du_above[:1]
+    s2 = bins.d_above[:1] - zeros * (1 - bins.levels[0] ** 2)
+    return float(value(s1, s2)), s1 / s2
+
+
 def _first_cells(smallest: Tensor, largest: Tensor, grid: Grid) -> Cells:
     """Cells over every alpha that can be the optimum.
 
     When all levels in use could be doubled (tripled where only odd levels exist), half (a third of) alpha does as well:
-    so the largest entry may be taken to reach a level that cannot. Where every entry is outermost, alpha is their mean, or
-    below with zeros that cannot be: `smallest` is no more than either.
+    so the largest entry may be taken to reach a level that cannot. Where every entry is outermost, alpha is their mean; for
+    zeros that cannot be, see `_all_outermost`.
     """
     mids, factor = thresholds(grid).to(largest.device), 2 if grid.has_zero else 3
     reach = next(k for k, level in enumerate(grid.magnitudes) if level * factor > grid.magnitudes[-1])
@@ -164,7 +178,7 @@ def _prune(
     highs, lows, best = cells
     while True:
         at = bounds(torch.cat([highs, lows]))
-        reached = _value(torch.cat([at.s1_low, at.s1_high]), torch.cat([at.s2_low, at.s2_high]))
+        reached = value(torch.cat([at.s1_low, at.s1_high]), torch.cat([at.s2_low, at.s2_high]))
         best = max(best, float(reached.max()))
         at_high, at_low = (Bounds(*of) for of in zip(*(t.chunk(2) for t in at), strict=True))
         # Candidates that part equal entries lie between the two ends of the tie, whose values are the cell's edges.
@@ -208,7 +222,7 @@ def _best_between(near: Near, high: Tensor, low: Tensor) -> tuple[float, Tensor]
     d, u = near.d_M[index].double(), -near.minus_u_M[index]
     s1 = torch.cat([s1, s1 + (d * u * near.bins.rises[step]).cumsum(0)])
     s2 = torch.cat([s2, s2 + (d * near.bins.rises2[step]).cumsum(0)])
-    values = _value(s1, s2)
+    values = value(s1, s2)
     at = _first_best(values)
     return float(values[at]), _ratio(s1, s2, at)
 
@@ -245,11 +259,6 @@ def _first_best(values: Tensor) -> Tensor:
     Equal optima are common: weights that use one magnitude only fit at every level. Rounding must not choose.
     """
     return (values >= values.amax(-1, keepdim=True) * (1 - _TIE)).to(torch.uint8).argmax(-1, keepdim=True)
-
-
-def _value(s1: Tensor, s2: Tensor) -> Tensor:
-    """S1^2 / S2, and 0 for the candidate in which no entry has left zero."""
-    return torch.where(s2 > 0, s1.square() / torch.where(s2 > 0, s2, 1.0), 0.0)
 
 
 def _ratio(s1: Tensor, s2: Tensor, at: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def solve_scale(
     if d_RN is None:
         d_RN = w_RN.new_ones(()).expand_as(w_RN)  # a single 1 in memory
     elif d_RN.dtype == torch.float64:
-        d_RN = _normalized(d_RN, w_RN, grid)
+        w_RN, d_RN = w_RN.double(), _normalized(d_RN, w_RN, grid)
     d_RN = d_RN.to(w_RN.dtype)
     if solver == "exact":
         return exact(w_RN, d_RN, grid, loops).float()
@@ -126,8 +126,8 @@ def solve_scale(
 
 
 def _normalized(d_RN: Tensor, w_RN: Tensor, grid: Grid) -> Tensor:
-    """The curvature, float64, over a power of two for each scale of a row, so that the largest is near 1: only ratios matter,
-    and neither products nor float32 shall lose them.
+    """The curvature, float64, over a power of two for each scale of a row, so that the largest is near 1: no common factor
+    shall take products out of float64.
     """
     largest_RS = torch.cat([d.amax(1, keepdim=True) for _, d in sides(w_RN, d_RN, grid)], 1)
     exponent = _entry_scale(w_RN, torch.frexp(largest_RS).exponent.long(), grid)

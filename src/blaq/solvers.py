@@ -170,7 +170,7 @@ def follow(found: tuple[Tensor, ...], grid: Grid) -> Tensor:
     if other:
         # Multiples of the same levels are equally good: rounding must not choose.
         tie = 1e-12 if largest.dtype == torch.float64 else 1e-6
-        better = _value(*other) > _value(s1, s2) * (1 + tie)
+        better = value(*other) > value(s1, s2) * (1 + tie)
         s1, s2 = torch.where(better, other[0], s1), torch.where(better, other[1], s2)
     return best_scale(s1, s2, largest.double(), grid)
 
@@ -180,8 +180,8 @@ def look_aside(t: int) -> float:
     return (1 if t % 2 else -1) * 2.0 ** -(3 + 2 * (t // 2 % 3))
 
 
-def _value(s1: Tensor, s2: Tensor) -> Tensor:
-    """S1^2/S2, in the order that does not overflow; 0 where no entry has left zero."""
+def value(s1: Tensor, s2: Tensor) -> Tensor:
+    """S1^2/S2 of a candidate, in the order that does not overflow; 0 where no entry has left zero."""
     return torch.where(s2 > 0, s1 * (s1 / torch.where(s2 > 0, s2, 1.0)), 0.0)
 
 

@@ -29,7 +29,9 @@ _COMPILER = {
 Options = tuple[tuple[str, Any], ...]
 
 untraced = _disable_dynamo
-"""Leaves a function out of what a user compiles; `torch.compiler.disable`, but the compiler is not imported at once."""
+"""Leaves a function out of what a user compiles. Private to torch, whose own optimizers use it: `torch.compiler.disable` would
+import the compiler at once.
+"""
 
 _log = logging.getLogger("blaq")
 
