@@ -406,11 +406,12 @@ def test_a_state_that_is_not_finite_is_refused(key: str, new_task: Any, assert_i
     assert_identical(before, task.everything())
 
 
+@pytest.mark.parametrize("turned", ["all", "one"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
-def test_a_state_laid_out_otherwise_in_memory_is_the_same_state(granularity: str | int) -> None:
+def test_a_state_laid_out_otherwise_in_memory_is_the_same_state(granularity: str | int, turned: str) -> None:
     """As converters and `torch.channels_last` leave it: steps go over the memory row by row."""
     ends = []
-    for turned in (False, True):
+    for which in ("none", turned):
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(6, 4, 3, 3))
         opt = blaq.LAQ([{"params": [p], "grid": "ternary", "granularity": granularity}], lr=0.01)
@@ -418,13 +419,13 @@ def test_a_state_laid_out_otherwise_in_memory_is_the_same_state(granularity: str
             p.grad = torch.randn_like(p)
             opt.step()
             saved = opt.state_dict()
-            if turned:
+            if which != "none":
                 state = saved["state"][0]
-                for key in ("latent", "exp_avg", "exp_avg_sq"):
+                for key in ("latent", "exp_avg", "exp_avg_sq") if which == "all" else ("exp_avg",):
                     state[key] = state[key].transpose(0, 1).contiguous().transpose(0, 1)
             opt.load_state_dict(saved)
         ends.append(p.detach().clone())
-    if granularity == "tensor":  # then any order is as good, and sums round in theirs
+    if granularity == "tensor" and turned == "all":  # then any order is as good, and sums round in theirs
         torch.testing.assert_close(*ends)
     else:
         assert torch.equal(*ends)

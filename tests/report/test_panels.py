@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from blaq.report.page import _differences
 from blaq.report.panels import Panel, arrange
 from blaq.report.read import read_runs
 from blaq.train.config import Recipe, RuleConfig
@@ -114,6 +115,10 @@ def test_rules_in_another_order_are_other_runs(tmp_path: Path, write_run: WriteR
         "1 bit (binary), rules in the order fc*, fc1", "1 bit (binary), rules in the order fc1, fc*",
     ]  # fmt: skip
     assert [labels(panel) for panel in task.panels] == [["float32", "LAQ"]] * 2
+    write_run(tmp_path / "plain", rules={})
+    (task,) = arrange(read_runs([tmp_path]))
+    assert [panel.label for panel in task.panels][-1] == "1 bit (binary), fc*: no rule, fc1: no rule"
+    assert "rules: fc* before fc1, fc1 before fc*" in _differences(task)
 
 
 def test_a_float_run_of_another_network_stands_apart(tmp_path: Path, write_run: WriteRun, recipe: Recipe) -> None:

@@ -459,3 +459,8 @@ def test_runs_that_saw_other_data_are_named(make: Make, tmp_path: Path) -> None:
     assert found.head == "2 runs saw other data under the same settings"
     assert found.text.startswith("past-s1, past-s2: digest b, not a as laq-s0 has.")
     assert found in build(read_runs([tmp_path])).tasks[0].statements
+    (tmp_path / "past-s2" / "data.json").write_text(json.dumps({"train": 300}))
+    (task,) = arrange(read_runs([tmp_path]))
+    assert {found.text.partition(" as ")[0] for found in other_data(task)} == {
+        "past-s1: digest b, not a", "past-s2: digest not noted, not a",
+    }  # fmt: skip

@@ -253,7 +253,7 @@ class LatentOptimizer(Optimizer):
             loaded.update(state)
 
         def repair(_: Optimizer) -> None:
-            checkpoint.repair_dtypes(loaded, self.param_groups, self.state)
+            checkpoint.repair(loaded, self.param_groups, self.state)
             self._written.forget()
             for group, naming in zip(self.param_groups, own, strict=True):
                 group.update(naming)  # torch takes those of the model that was saved

@@ -61,8 +61,8 @@ def check_loadable(owner: str, saved: dict[str, Any], groups: list[Group], name:
         )
 
 
-def repair_dtypes(saved: dict[str, Any], groups: list[Group], state: MutableMapping[Tensor, Any]) -> None:
-    """Put copies of the saved tensors, uncast, in place of those that torch cast to the dtype of the parameter."""
+def repair(saved: dict[str, Any], groups: list[Group], state: MutableMapping[Tensor, Any]) -> None:
+    """Put copies of the saved tensors, uncast and laid out as steps take them, in place of those that torch has put there."""
     for index, group, p in _parameters(saved, groups):
         for key, value in saved["state"][index].items():
             if key == "trial":
@@ -70,12 +70,16 @@ def repair_dtypes(saved: dict[str, Any], groups: list[Group], state: MutableMapp
             elif key in _LIKE_PARAMETER:
                 least = p.dtype if group["grid"] is None and p.dtype.itemsize < 4 else torch.float32
                 wide = torch.promote_types(value.dtype, least)
-                copy = value.to(device=p.device, dtype=wide, copy=True)
-                state[p][key] = copy if group["grid"] is None else laid_out(copy, group["granularity"])
+                state[p][key] = value.to(device=p.device, dtype=wide, copy=True)
             elif key in ("scale", "trial_scale"):
                 state[p][key] = value.to(device=p.device, copy=True)
             elif key in ("step", "trial_step"):
                 state[p][key] = value.clone()
+        if group["grid"] is not None:  # steps go over the memory row by row
+            like = laid_out(state[p]["latent"], group["granularity"])
+            for key in state[p].keys() & set(_LIKE_PARAMETER):
+                if state[p][key].stride() != like.stride():
+                    state[p][key] = torch.empty_like(like, dtype=state[p][key].dtype).copy_(state[p][key])
 
 
 def _other_options(saved: dict[str, Any], groups: list[Group]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from blaq.report.contrast import challengers, featured
 from blaq.report.figures import Figure, View, convergence, zigzag
 from blaq.report.panels import Panel, Task, arrange, differing_settings, may_state, task_key
 from blaq.report.read import Run, Sweep
-from blaq.report.settings import OF_THE_LENGTH, OF_THE_METHOD, method_name, read_settings, setting_name
+from blaq.report.settings import OF_THE_LENGTH, OF_THE_METHOD, ORDER, method_name, read_settings, setting_name
 from blaq.report.signs import PROBE, broken_off, failed, other_data
 from blaq.report.tables import Table, costs, layer_table, run_table, version_table
 from blaq.report.verdict import headline, verdict
@@ -247,7 +247,10 @@ def _differences(task: Task) -> list[str]:
     varied: dict[str, dict[str, None]] = {}
     settings = [read_settings(run) for run in task.runs]
     for name in sorted(differing_settings(settings) - {*OF_THE_METHOD, *OF_THE_LENGTH, "optim.bits"}):
-        varied[name] = dict.fromkeys(str(of.get(name, "none")) for of in settings if may_state(of, name))
+        if name == ORDER:
+            varied[name] = dict.fromkeys(" before ".join(of[name]) for of in settings if name in of)
+        else:
+            varied[name] = dict.fromkeys(str(of.get(name, "none")) for of in settings if may_state(of, name))
     for panel in task.panels:
         for name, values in panel.varied.items():
             varied.setdefault(name, {}).update(dict.fromkeys(map(str, values)))

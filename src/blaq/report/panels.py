@@ -178,7 +178,7 @@ def _task(runs: Sequence[Run]) -> Task:
     for shared in panel_settings:
         members = [(run, of) for run, of, key in zip(runs, settings, keys, strict=True) if _agree(key, shared)]
         finished = [(run, of) for run, of in members if run.result is not None and run.epochs]
-        unset = sorted(name for name in differing - shared.keys() if may_state(shared, name))
+        unset = sorted(name for name in differing - shared.keys() if may_state(shared, name) and name != ORDER)
         stated = [*shared, *unset]
         names = [name for name in stated if name in differing or name == "optim.bits"]
         label = ", ".join(setting_text(name, shared.get(name)) for name in names)

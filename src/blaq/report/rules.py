@@ -111,13 +111,16 @@ def diverges(loss: Values) -> bool:
         (False, True, True)
         >>> diverges([0.7, 0.008, 0.014])  # a wobble at the bottom
         False
+        >>> diverges([math.inf, 0.5, 0.9])
+        True
     """
     if not len(loss):
         return False
     if not math.isfinite(loss[-1]):
         return True
     lowest = np.nanmin(loss)
-    return bool(loss[-1] > RISEN * lowest and loss[-1] - lowest > LOST * (loss[0] - lowest))
+    gained = loss[0] - lowest
+    return bool(loss[-1] > RISEN * lowest and (not math.isfinite(gained) or loss[-1] - lowest > LOST * gained))
 
 
 def growth(error: Values) -> float:

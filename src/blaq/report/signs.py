@@ -76,7 +76,9 @@ def broken_off(task: Task) -> Iterator[Statement]:
 
 
 def other_data(task: Task) -> Iterator[Statement]:
-    """Which runs of the same `data` settings saw other data than most: their differences are not the methods' alone."""
+    """Which runs of the same `data` settings saw other data than most, or than the first: their differences are not the
+    methods' alone.
+    """
     together: dict[str, dict[str, list[Run]]] = {}
     for run in task.runs:
         if run.data:
@@ -85,8 +87,9 @@ def other_data(task: Task) -> Iterator[Statement]:
     for seen in together.values():
         most, *others = sorted(seen.values(), key=len, reverse=True)
         for runs in others:
-            changed = [f"{name} {value}, not {most[0].data.get(name)}" for name, value in runs[0].data.items()
-                       if most[0].data.get(name) != value]  # fmt: skip
+            ours, theirs = runs[0].data, most[0].data
+            changed = [f"{name} {ours.get(name, 'not noted')}, not {theirs.get(name, 'noted')}"
+                       for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]  # fmt: skip
             named = ", ".join(run.name for run in runs[:MOST_MESSAGES]) + (", .." if len(runs) > MOST_MESSAGES else "")
             yield Statement(
                 "sign",

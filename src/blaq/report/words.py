@@ -11,6 +11,7 @@ from blaq.train.statistics import Difference
 Tone = Literal["ahead", "behind", "level", "sign", "note"]
 
 MINUS = "\N{MINUS SIGN}"
+_MOST_DIGITS = 10  # after the point
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ def difference_text(difference: Difference, show: Callable[[float], str]) -> str
         return f"{show(difference.mean)} ({'1 seed' if seeds == 1 else f'the same for {seeds} seeds'}, so no interval)"
     unit = " points" if show is points else ""
     if show is plain:  # the ends to the same place as the middle
-        digits = max(0, 1 - math.floor(math.log10(difference.half_width)))
+        digits = min(_MOST_DIGITS, max(0, 1 - math.floor(math.log10(difference.half_width))))
         show = partial(_fixed, digits=digits)
     low, high = (show(difference.mean + side * difference.half_width).removesuffix(unit) for side in (-1, 1))
     return f"{show(difference.mean)} (95 % interval {low} to {high}, {seeds} seeds)"
@@ -67,7 +68,7 @@ def plain(value: float) -> str:
         >>> plain(0.00012345), plain(-1.5)
         ('+0.00012', '−1.5')
     """
-    return _signed(value, f"{float(f'{abs(value):.2g}'):.10f}".rstrip("0").rstrip(".") or "0")
+    return _signed(value, f"{float(f'{abs(value):.2g}'):.{_MOST_DIGITS}f}".rstrip("0").rstrip(".") or "0")
 
 
 def _fixed(value: float, digits: int) -> str:

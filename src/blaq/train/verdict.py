@@ -41,8 +41,8 @@ def _basis(group: Group, measure: Measure, budget: Budget) -> str:
     if pairs == [1]:
         return f"a single seed, which cannot tell anything from seed noise; {equal}"
     seeds = " or ".join(map(str, pairs))
-    flat = any(difference.flat for difference in found)
-    note = "; differences without any spread have no interval" if flat else ""
+    without = any(len(difference.values) > 1 and not difference.spread for difference in found)
+    note = "; differences without any spread have no interval" if without else ""
     return f"95 % intervals, paired t, {seeds} seeds{note}; {equal}"
 
 
