@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
 import blaq
-from blaq.export.layers import quantized_weights
+from blaq.export.exporting import given_axes
+from blaq.export.layers import in_float32, quantized_weights
 from blaq.export.runtimes import open_session
 from blaq.export.verify import VerificationError, verify_outputs
 
@@ -58,17 +61,31 @@ def test_other_inputs_are_refused(inputs: Any, message: str, export: Export) -> 
         export(Layer(lambda x: x.float()), inputs)
 
 
-def test_outputs_that_arrays_do_not_hold_are_refused(export: Export) -> None:
-    with pytest.raises(ValueError, match=r"the model returns torch.bfloat16.*return it as float32"):
-        export(Layer(lambda x: x, lambda y: y.bfloat16()), X)
-
-
-@pytest.mark.parametrize("write", [Tensor.log_, lambda x: x.mul_(3)])
-def test_inputs_that_the_model_writes_into_are_left_as_they_are(
-    write: Callable[[Tensor], Tensor], export: Export
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (Tensor.bfloat16, r"the model returns torch.bfloat16.*return it as float32"),
+        (
+            lambda y: None,
+            r"the model returns NoneType without tensors in it that torch finds; return a tensor, or tuples",
+        ),
+        (lambda y: SimpleNamespace(y=y), "the model returns SimpleNamespace without tensors in it that torch finds"),
+        (
+            lambda y: y[:0],
+            r"returns no value for inputs of shape \(3, 8\), .*pass an example for which it returns something",
+        ),
+    ],
+)
+def test_outputs_that_arrays_do_not_hold_are_refused(
+    after: Callable[[Tensor], Any], message: str, export: Export
 ) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(Layer(lambda x: x, after), X)
+
+
+def test_inputs_that_the_model_writes_into_are_left_as_they_are(export: Export) -> None:
     x = X.clone()
-    model = Layer(write)
+    model = Layer(lambda x: x.log_().mul_(3))
     path = export(model, x)
     assert torch.equal(x, X)
     opt = blaq.LAQ(blaq.param_groups(model, 2))
@@ -90,43 +107,57 @@ class Keeps(nn.Module):
         return self.last
 
 
-def test_what_the_model_has_kept_of_a_pass_is_no_obstacle(export: Export) -> None:
+def test_what_the_model_has_kept_of_a_pass_is_no_obstacle_nor_autocast_around(export: Export) -> None:
     model = Keeps()
     loss = model(X).sum()
     last = model.last
-    export(model, X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        path = export(model, X)
     assert model.last is last and model.seen[0].requires_grad
     loss.backward()
+    (y,) = open_session(path).outputs(X.numpy())
+    assert torch.allclose(torch.from_numpy(y), model(X), rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_has_memory_of_its_own_for_what_is_kept_of_a_pass() -> None:
+    model = Layer(lambda x: x)
+    model.register_buffer("h", 2 * model.fc.bias)
+    assert model.h.grad_fn is not None
+    before = model.h.detach().clone()
+    copied = in_float32(model, [])
+    assert torch.equal(copied.get_buffer("h").mul_(0.5), before / 2)
+    assert torch.equal(model.h, before)
+
+
+def test_what_an_object_has_kept_of_a_pass_is_told() -> None:
+    model = Layer(lambda x: x)
+    model.cache = SimpleNamespace(last=model(X))
+    with pytest.raises(
+        ValueError, match=r"^export: the model cannot be copied \(.*\); drop what it has kept of a pass"
+    ):
+        in_float32(model, [])
 
 
 class Mixed(nn.Module):
-    """A part in another dtype than the quantized one, a buffer of the state and one that is none."""
+    """Parts in other dtypes than the quantized one, a buffer of the state and one that is none."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.fc, self.head = nn.Linear(8, 6), nn.Linear(6, 4).to(dtype)
-        self.register_buffer("shift", torch.full((6,), 0.1, dtype=dtype), persistent=False)
+        self.fc, self.head = nn.Linear(8, 6), nn.Linear(6, 4).bfloat16()
+        self.register_buffer("shift", torch.full((6,), 0.1, dtype=torch.float64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.fc(x).to(self.head.weight.dtype) + self.shift).float()
+        h = self.fc(x).to(self.shift.dtype) + self.shift
+        return self.head(h.to(self.head.weight.dtype)).float()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_parts_in_another_dtype_become_float32(dtype: torch.dtype, export: Export) -> None:
-    model = Mixed(dtype)
+def test_parts_in_another_dtype_become_float32(export: Export) -> None:
+    model = Mixed()
     path = export(model, X, {"head*": None})
-    assert model.head.weight.dtype == dtype
+    assert (model.head.weight.dtype, model.shift.dtype) == (torch.bfloat16, torch.float64)
     (y,) = open_session(path).outputs(X.numpy())
     expected = model.float()(X)
     assert torch.allclose(torch.from_numpy(y), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_autocast_around_it_changes_nothing(export: Export) -> None:
-    model = nn.Sequential(nn.Linear(8, 4))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        path = export(model, X)
-    (y,) = open_session(path).outputs(X.numpy())
-    assert torch.allclose(torch.from_numpy(y), model(X), rtol=1e-5, atol=1e-6)
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------------
@@ -156,6 +187,53 @@ def test_a_length_of_one_is_proved_on_another_too(tmp_path: Path) -> None:
     path = blaq.export_onnx(model, opt, tokens, tmp_path / "model.onnx")
     longer = tokens.expand(2, 3)
     assert torch.allclose(torch.from_numpy(open_session(path).run(longer.numpy())), model(longer), atol=1e-6)
+    assert names_of(path) == [["batch", "sequence"], ["batch", "sequence", 4]]
+
+
+class Column(nn.Module):
+    """One category, of one column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.fc = nn.Embedding(9, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.fc(self.embedding(x).flatten(1))
+        return y if mask is None else y * mask
+
+
+def names_of(path: Path) -> list[list[str | int]]:
+    graph = onnx.load(path).graph
+    axes = [value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)]
+    return [[axis.dim_param or axis.dim_value for axis in each] for each in axes]
+
+
+def test_the_axis_of_a_column_is_fixed(export: Export) -> None:
+    model, tokens = Column(), torch.zeros(1, 1, dtype=torch.int64)
+    path = export(model, tokens)
+    more = tokens.expand(3, 1)
+    assert torch.allclose(torch.from_numpy(open_session(path).run(more.numpy())), model(more), atol=1e-6)
+    with pytest.raises(ValueError, match=r"\(3, 2\)|Got: 2 Expected: 1"):
+        open_session(path).run(tokens.expand(3, 2).numpy())
+    if path.suffix == ".onnx":
+        assert names_of(path) == [["batch", 1], ["batch", 4]]
+    else:  # an axis that the user names is no such one
+        with pytest.raises(ValueError, match="the model itself fails with another sequence size"):
+            export(model, tokens, dynamic_shapes=({1: Dim.DYNAMIC},))
+
+
+def test_an_axis_that_the_model_drops_where_it_is_one(tmp_path: Path) -> None:
+    model = Layer(lambda x: x, Tensor.squeeze)
+    path = blaq.export_onnx(model, blaq.LAQ(blaq.param_groups(model, 2)), X, tmp_path / "model.onnx")
+    assert open_session(path).run(X[:1].numpy()).shape == (4,)
+
+
+def test_none_for_an_argument_that_is_not_given(export: Export) -> None:
+    model, tokens = Column(), torch.zeros(2, 1, dtype=torch.int64)
+    path = export(model, tokens, dynamic_shapes={"x": {0: Dim.DYNAMIC}, "mask": None})
+    assert open_session(path).run(tokens.expand(2, 1).numpy()).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"'mask' is no argument that example_inputs give; expected 'x'"):
+        export(model, tokens, dynamic_shapes={"x": {0: Dim.DYNAMIC}, "mask": {0: Dim.DYNAMIC}})
 
 
 @pytest.mark.parametrize(
@@ -170,6 +248,11 @@ def test_a_length_of_one_is_proved_on_another_too(tmp_path: Path) -> None:
 def test_axes_and_names_that_there_are_not_are_refused(shapes: Any, message: str, export: Export) -> None:
     with pytest.raises(ValueError, match=message):
         export(nn.Linear(8, 4), X, dynamic_shapes=shapes)
+
+
+def test_of_an_input_without_axes_none_can_change() -> None:
+    with pytest.raises(ValueError, match=r"axis 0 of an input of 0 axes; expected None\.$"):
+        given_axes(nn.Identity(), (torch.tensor(1.0),), ({0: Dim.DYNAMIC},))
 
 
 def test_a_wrong_number_of_inputs_is_told_with_axes_too(export: Export) -> None:

@@ -80,6 +80,24 @@ def test_a_link_to_a_file_for_openvino_leads_to_its_weights(name: str, tmp_path:
     assert bytes_of(path) == sum(file.stat().st_size for file in folder.iterdir())
 
 
+def test_the_weights_that_are_written_are_those_that_are_read(tmp_path: Path) -> None:
+    store, path, weights = tmp_path / "store", tmp_path / "model.xml", tmp_path / "model.bin"
+    store.mkdir()
+    for link, name in ((path, "0123"), (weights, "4567")):
+        (store / name).write_text("old")
+        link.symlink_to(store / name)
+    openvino(path)
+    assert list(open_session(path).weights()) == ["0.weight"]
+    assert {file.name for file in store.iterdir()} == {"0123", "4567"}
+    path.unlink()
+    path.write_text("old")  # and its weights in another folder, maybe of another file system
+    with pytest.raises(
+        ValueError, match=r"its weights, '.*4567', lie in another folder than '.*model.xml'; delete that"
+    ):
+        openvino(path)
+    assert path.read_text() == "old" and sorted(tmp_path.iterdir()) == [weights, path, store]
+
+
 @pytest.mark.parametrize(("write", "suffix"), [(onnx, ".onnx"), (openvino, ".xml")])
 def test_a_link_to_nowhere_makes_no_folder(write: Write, suffix: str, tmp_path: Path) -> None:
     link = tmp_path / f"link{suffix}"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import blaq
+from blaq.export.compressed import save_compressed
 
 
 def network(first: Callable[..., nn.Module] = nn.Linear, seed: int = 0) -> nn.Sequential:
@@ -69,6 +70,18 @@ def test_a_model_that_cannot_hold_the_values_is_refused(
     assert all(value.is_meta or torch.equal(after[name], value) for name, value in before.items())
 
 
+def test_values_that_fit_are_taken_whatever_their_dtype(tmp_path: Path) -> None:
+    def masked(mask: torch.Tensor) -> nn.Module:
+        model = network()
+        model.register_buffer("mask", mask)
+        return model
+
+    model = masked(torch.tensor([0, 1, 1], dtype=torch.uint8))
+    blaq.save_packed(model, blaq.LAQ(blaq.param_groups(model, bits=2)), tmp_path / "file")
+    loaded = blaq.load_packed(tmp_path / "file", masked(torch.zeros(3, dtype=torch.bool)))
+    assert loaded.mask.tolist() == [False, True, True]
+
+
 def test_another_floating_dtype_is_taken(path: Path) -> None:
     model = blaq.load_packed(path, network().double())
     assert model.table.tolist() == [3.5, 3.5]
@@ -83,10 +96,13 @@ def test_something_else_than_a_model_is_refused(model: Any, path: Path) -> None:
         blaq.save_packed(model, blaq.LAQ(blaq.param_groups(network(), bits=2)), path)
 
 
-def test_the_name_that_safetensors_keeps_for_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("save", "owner"), [(blaq.save_packed, "save_packed"), (save_compressed, "export --format compressed-tensors")]
+)
+def test_the_name_that_safetensors_keeps_for_itself(save: Callable[..., None], owner: str, tmp_path: Path) -> None:
     model = network()
     model.register_buffer("__metadata__", torch.zeros(2))
     opt = blaq.LAQ(blaq.param_groups(model, bits=2))
-    with pytest.raises(ValueError, match=r"^save_packed: .*'__metadata__'.*rename that tensor"):
-        blaq.save_packed(model, opt, tmp_path / "file")
+    with pytest.raises(ValueError, match=rf"^{owner}: .*'__metadata__'.*rename that tensor"):
+        save(model, opt, tmp_path / "file")
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
 """Quantized weights in a graph: ONNX Runtime's products against numpy, for every grid, shape and way a weight is taken.
 
-Hardly any torch export here: the graphs are written by hand, and sessions have the default options that a user's have.
+No torch export here: the graphs are written by hand, and sessions have the default options that a user's have.
 """
 
 import json
@@ -14,10 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
-import blaq
-from blaq.export.layers import QuantizedWeight, quantized_weights
+from blaq.export.layers import QuantizedWeight
 from blaq.export.onnx import FORMAT_VERSION
 from blaq.export.onnx_containers import PRESETS, Container, Preset, compute_bits, packed, storage, table
 from blaq.export.onnx_graph import WeightGraph
@@ -319,28 +317,18 @@ def test_storage_is_dense() -> None:
     assert storage(3, whole_bits=True) == "bits2"
 
 
-class Shared(nn.Module):
-    """Multiplies with a matrix from either side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 64, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.fc(x) @ self.fc.weight
-        return y
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_of_a_weight_that_is_there_twice_both_are_proved(preset: Preset, tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    model = Shared()
-    opt = blaq.LAQ(blaq.param_groups(model, 4))
-    path = blaq.export_onnx(model, opt, torch.randn(4, 64), tmp_path / "model.onnx", preset=preset)
-    weights = quantized_weights(model, opt)
-    verify_weights(open_session(path), weights)
+    weights = [random_weight("linear4", (64, 64), "tensor")]
+    nodes = [
+        helper.make_node("Gemm", ["x", "fc.weight"], ["h"], transB=1),
+        helper.make_node("MatMul", ["h", "fc.weight"], ["y"]),
+    ]
+    model, _ = in_graph(weights[0], nodes, preset)
+    onnx.save(model, tmp_path / "model.onnx")
+    verify_weights(open_session(tmp_path / "model.onnx"), weights)
     for name in ("fc.weight.codes", "fc.weight.T.codes"):
-        file = onnx.load(path)
+        file = onnx.load(tmp_path / "model.onnx")
         codes = next(tensor for tensor in file.graph.initializer if tensor.name == name)
         values = numpy_helper.to_array(codes).copy()
         values.reshape(-1)[5] ^= 1

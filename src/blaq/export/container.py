@@ -39,9 +39,11 @@ def dense_state(model: nn.Module, owner: str) -> dict[str, Tensor]:
     """The state of a model: its parameters and buffers themselves, so that ties are told by identity.
 
     Raises:
-        ValueError: something in it is no dense tensor of one of `DTYPES`, with values.
+        ValueError: something in it is no dense tensor of one of `DTYPES`, with values, or has a name that a file cannot hold.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if "__metadata__" in state:
+        raise ValueError(f"{owner}: safetensors keeps the name '__metadata__' for itself; rename that tensor.")
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
             what = f"a {value.layout} tensor on {value.device}" if isinstance(value, Tensor) else type(value).__name__

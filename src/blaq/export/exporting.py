@@ -23,7 +23,7 @@ from blaq.export.verify import Verification, evaluation_batches, verify_outputs,
 from blaq.optim.base import LatentOptimizer
 
 Inputs = tuple[Tensor, ...]
-ToGraph = Callable[..., Any]  # (model, weights, inputs, recipe=, data=, dynamic_shapes=) -> the runtime's graph
+ToGraph = Callable[..., Any]  # (model, weights, inputs, axes=, recipe=, data=) -> the runtime's graph
 Unverified = Callable[[Any, Path], AbstractContextManager[Session]]
 
 
@@ -54,9 +54,11 @@ def export_model(
     with torch.autocast("cpu", enabled=False):
         _check(model, inputs, converted)
         axes = given_axes(model, inputs, dynamic_shapes)
+        if dynamic_shapes is None:
+            axes = _without_columns(model, inputs, axes)
         others = resized(inputs, axes) if dynamic_shapes is None or traced else {}
         _check_others(model, others)
-        graph = to_graph(model, weights, copies(inputs), dynamic_shapes=dynamic_shapes)
+        graph = to_graph(model, weights, copies(inputs), axes=axes)
         with unverified(graph, path) as session:
             verify_weights(session, weights)
             verify_outputs(session, model, weights, [inputs, *others.values()])
@@ -126,9 +128,9 @@ def given_axes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> list[li
     """
     if dynamic_shapes is None:
         return [changing_axes(x) for x in inputs]
-    given = dynamic_shapes
+    given = dynamic_shapes = of_arguments(model, inputs, dynamic_shapes)
     if isinstance(given, dict):
-        names = inspect.signature(model.forward).bind(*inputs).arguments
+        names = _arguments(model, inputs)
         given = [given[name] for name in names if name in given]
     elif not isinstance(given, list | tuple):
         given = [given]
@@ -140,17 +142,30 @@ def given_axes(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> list[li
             f"export(dynamic_shapes={dynamic_shapes!r}): expected one entry for each input, {len(inputs)} in all, such as "
             "{0: torch.export.Dim.DYNAMIC}, or None."
         )
-    for name in dynamic_shapes.keys() - names.keys() if isinstance(dynamic_shapes, dict) else ():
+    for name in dynamic_shapes.keys() - set(names) if isinstance(dynamic_shapes, dict) else ():
         expected = ", ".join(map(repr, names))
-        raise ValueError(f"export(dynamic_shapes): {name!r} is no argument of the model's; expected {expected}.")
+        raise ValueError(
+            f"export(dynamic_shapes): {name!r} is no argument that example_inputs give; expected {expected}."
+        )
     sizes = [dict(shape if isinstance(shape, dict) else enumerate(shape or ())) for shape in shapes]
     for x, each in zip(inputs, sizes, strict=True):
         for axis in each.keys() - range(x.ndim):  # torch ignores them
-            raise ValueError(
-                f"export(dynamic_shapes): axis {axis} of an input of {x.ndim} axes; expected 0 to {x.ndim - 1}."
-            )
+            expected = f"0 to {x.ndim - 1}" if x.ndim else "None"
+            raise ValueError(f"export(dynamic_shapes): axis {axis} of an input of {x.ndim} axes; expected {expected}.")
     fixed = None, Dim.STATIC
     return [[axis for axis, size in each.items() if not isinstance(size, int) and size not in fixed] for each in sizes]
+
+
+def of_arguments(model: nn.Module, inputs: Inputs, dynamic_shapes: Any) -> Any:
+    """``dynamic_shapes`` without the names of arguments that are not given and have None there: torch takes none of them."""
+    if not isinstance(dynamic_shapes, dict):
+        return dynamic_shapes
+    names = _arguments(model, inputs)
+    return {name: shape for name, shape in dynamic_shapes.items() if name in names or shape is not None}
+
+
+def _arguments(model: nn.Module, inputs: Inputs) -> list[str]:
+    return list(inspect.signature(model.forward).bind(*inputs).arguments)
 
 
 def _is_shape(entry: Any) -> bool:
@@ -183,15 +198,35 @@ def _check(model: nn.Module, inputs: Inputs, converted: bool) -> None:
     numbers = [y for y in tree_leaves(outputs) if isinstance(y, int | float)]
     if numbers:
         raise ValueError(f"export: the model returns a number ({numbers[0]}); expected tensors alone as outputs.")
+    if not tensors(outputs):
+        raise ValueError(
+            f"export: the model returns {type(outputs).__name__} without tensors in it that torch finds; return a tensor, or "
+            "tuples, lists or dicts of them."
+        )
     if not any(y.numel() for y in tensors(outputs)):
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ValueError(
-            f"export: the model returns no value for inputs of shape {shapes}, so nothing would be proved; pass two examples."
+            f"export: the model returns no value for inputs of shape {shapes}, so nothing would be proved; pass an example for "
+            "which it returns something."
         )
     if any(y.dtype == torch.bfloat16 for y in tensors(outputs)):
         raise ValueError(
             "export: the model returns torch.bfloat16, and what runtimes return are numpy's arrays; return it as float32."
         )
+
+
+def _without_columns(model: nn.Module, inputs: Inputs, axes: list[list[int]]) -> list[list[int]]:
+    """The axes that may change without those of one entry, but for the first, where the model itself takes no second: an input
+    of integers is then a column of a table.
+    """
+    fixed = [[axis for axis in each if axis == 0 or x.shape[axis] != 1] for x, each in zip(inputs, axes, strict=True)]
+    try:
+        for name, changed in resized(inputs, axes).items() if fixed != axes else ():
+            if name != "batch":
+                computed(model, changed)
+    except Exception:  # the model's own code
+        return fixed
+    return axes
 
 
 def _check_others(model: nn.Module, others: dict[str, Inputs]) -> None:

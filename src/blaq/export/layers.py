@@ -148,10 +148,20 @@ def plain(model: nn.Module, owner: str = "export") -> nn.Module:
 def in_float32(model: nn.Module, weights: Sequence[QuantizedWeight]) -> nn.Module:
     """A copy on the CPU, in evaluation mode. Quantized weights of another dtype are ``scale * level`` in float32, as runtimes
     compute it, where the model holds it rounded.
+
+    Raises:
+        ValueError: torch cannot copy the model.
     """
     held = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)))
-    kept = {id(x): x.detach() for x in held if isinstance(x, Tensor) and not x.is_leaf}  # of a pass; torch copies none
-    model = copy.deepcopy(model, kept).cpu().eval().float()
+    kept = {id(x): x.detach().clone() for x in held if isinstance(x, Tensor) and not x.is_leaf}  # torch copies none
+    try:
+        model = copy.deepcopy(model, kept)
+    except RuntimeError as error:
+        reason = str(error).partition(". ")[0]
+        raise ValueError(
+            f"export: the model cannot be copied ({reason}); drop what it has kept of a pass first."
+        ) from error
+    model = model.cpu().eval().float()
     for weight in weights:
         model.get_parameter(weight.name).data.copy_(weight.values)
     return model

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model, resized
+from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model, of_arguments, resized
 from blaq.export.files import replacing
 from blaq.export.layers import QuantizedWeight
 from blaq.export.onnx_containers import FORMAT_VERSION
@@ -78,7 +78,7 @@ def export_onnx(
         ('model.onnx', True)
     """
     path = _target(path, preset)
-    to_graph = functools.partial(to_onnx, preset=preset)
+    to_graph = functools.partial(to_onnx, preset=preset, dynamic_shapes=dynamic_shapes)
     return export_model(model, opt, example_inputs, path, to_graph, unverified, dynamic_shapes, traced=False)
 
 
@@ -113,18 +113,23 @@ def to_onnx(
     dynamic_shapes: Any = None,
     recipe: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
+    axes: list[list[int]] | None = None,
 ) -> "onnx.ModelProto":
-    """The graph of a model in evaluation mode with its quantized weights packed, and a description of them."""
+    """The graph of a model in evaluation mode with its quantized weights packed, and a description of them.
+
+    `axes` of every input may change where there are no `dynamic_shapes`; None: `changing_axes`.
+    """
     import onnx
 
     from blaq.export.onnx_graph import WeightGraph
 
-    others = {} if dynamic_shapes is not None else resized(inputs, [changing_axes(x) for x in inputs])
+    others = {}
     if dynamic_shapes is None:
-        inputs = tuple(map(_of_two, inputs))
-        axes = [dict.fromkeys(changing_axes(x), torch.export.Dim.DYNAMIC) for x in inputs]
-        dynamic_shapes = _by_parameter(model, axes)
-    program = _trace(model, inputs, dynamic_shapes)
+        axes = [changing_axes(x) for x in inputs] if axes is None else axes
+        inputs = tuple(map(_of_two, inputs, axes))
+        others = resized(inputs, axes)
+        dynamic_shapes = _by_parameter(model, [dict.fromkeys(each, torch.export.Dim.DYNAMIC) for each in axes])
+    program = _trace(model, inputs, of_arguments(model, inputs, dynamic_shapes))
     claimed = [_claim(program.model.graph, weight) for weight in weights]
     program.optimize()  # gives a weight that is an output too another name
     names = [value.name for value in claimed]
@@ -196,9 +201,9 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: Any) ->
     return program
 
 
-def _of_two(x: Tensor) -> Tensor:
+def _of_two(x: Tensor, axes: list[int]) -> Tensor:
     """An input whose changing axes have two entries or more: torch takes those of 1 for fixed."""
-    for axis in changing_axes(x):
+    for axis in axes:
         x = torch.cat([x, x], axis) if x.shape[axis] == 1 else x
     return x
 
@@ -244,6 +249,8 @@ def _name_axes(
     for axis, changed in others.items():
         after = [*changed, *tensors(computed(model, changed))]
         for value, x, y in zip(values, before, after, strict=True):
+            if x.ndim != y.ndim:  # an axis of one entry that the model drops
+                continue
             for dim, old, new in zip(value.type.tensor_type.shape.dim, x.shape, y.shape, strict=True):
                 if old != new:
                     dim.dim_param = axis

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from blaq.export.exporting import check_target, export_checkpoint, export_model, given_axes
-from blaq.export.files import flush, target_of
+from blaq.export.exporting import changing_axes, check_target, export_checkpoint, export_model
+from blaq.export.files import bin_of, flush, target_of
 from blaq.export.layers import QuantizedWeight
 from blaq.optim.base import LatentOptimizer
 
@@ -106,18 +106,22 @@ def to_openvino(
     weights: list[QuantizedWeight],
     inputs: tuple[Tensor, ...],
     preset: "Preset",
-    dynamic_shapes: Any = None,
     recipe: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
+    axes: list[list[int]] | None = None,
 ) -> "ov.Model":
-    """The graph of a model in evaluation mode with its quantized weights packed, and a description of them."""
+    """The graph of a model in evaluation mode with its quantized weights packed, and a description of them.
+
+    `axes` of every input may change; None: `changing_axes`.
+    """
     from blaq.export.openvino_convert import convert
     from blaq.export.openvino_graph import hold, outputs_of_layers
     from blaq.export.openvino_session import FORMAT_VERSION, settings
 
     graph = convert(model, inputs)
-    for value, x, axes in zip(graph.inputs, inputs, given_axes(model, inputs, dynamic_shapes), strict=True):
-        value.get_node().set_partial_shape(_shape(x, axes))
+    axes = [changing_axes(x) for x in inputs] if axes is None else axes
+    for value, x, each in zip(graph.inputs, inputs, axes, strict=True):
+        value.get_node().set_partial_shape(_shape(x, each))
     graph.validate_nodes_and_infer_types()
     containers = {weight.name: hold(graph, weight, preset) for weight in weights}
     graph.validate_nodes_and_infer_types()
@@ -161,11 +165,16 @@ def unverified(graph: "ov.Model", path: Path) -> "Iterator[Session]":
     from blaq.export.runtimes import open_session
 
     target = target_of(path)
-    weights = target_of(target.with_suffix(".bin"))
+    weights = target_of(bin_of(path))  # which is what will be read with it
     if weights.exists() and not target.exists():
         raise ValueError(
             f"export_openvino(path={str(path)!r}): {weights.name!r}, which would be replaced, is there without"
             f" {target.name!r}; delete it, or choose another name."
+        )
+    if weights.parent != target.parent:
+        raise ValueError(
+            f"export_openvino(path={str(path)!r}): its weights, {str(weights)!r}, lie in another folder than {str(target)!r};"
+            " delete that .bin or link, or choose another name."
         )
     partial = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(4)}.partial.xml")
     try:

@@ -139,8 +139,6 @@ def _collect(model: nn.Module, weights: list[QuantizedWeight], recipe: dict[str,
         for part in (f"{name}_{part}" for part in PARTS):
             if part in state:
                 raise ValueError(f"save_packed: the packed {name!r} needs the name {part!r}; rename that tensor.")
-    if "__metadata__" in tensors:
-        raise ValueError("save_packed: safetensors keeps the name '__metadata__' for itself; rename that tensor.")
     return PackedFile(tuple(weights), tensors, ties, recipe)
 
 
@@ -160,9 +158,10 @@ def _load(file: PackedFile, model: nn.Module, owner: str) -> None:
     check_fits(present, file.shapes(), owner)
     values = file.state_dict(like=present)
     for name, value in values.items():
-        if not torch.can_cast(value.dtype, present[name].dtype):
+        dtype = present[name].dtype
+        if not torch.can_cast(value.dtype, dtype) and not torch.equal(value.to(dtype).to(value.dtype), value):
             raise ValueError(
-                f"{owner}: {short(name)} is {value.dtype} in the file, and {present[name].dtype} in the model does not hold "
+                f"{owner}: {short(name)} is {value.dtype} in the file, and {dtype} in the model does not hold "
                 "it; pass the model it was saved from."
             )
     for names, _ in named(present.items()):
