@@ -20,6 +20,7 @@ import step_figure
 import torch
 import whole_epoch
 
+from blaq.optim import compiled
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from blaq.train.run import evaluate, load_data, train
 
@@ -62,7 +63,8 @@ def test_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 SMALL = ["--set", "data.batch_size=4", "--blocks", "2", "--steps", "2", "--every", "2", "--solvers", "exact"]
 
 
-def test_the_table_of_whole_steps_keeps_other_recipes(tmp_path: Path) -> None:
+def test_the_table_of_whole_steps_keeps_other_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "COMPILED_FROM", 2**30)  # compiling would take half a minute
     epoch.main(
         ["mnist-lenet5", *SMALL, "--bits", "1", "2", "--methods", "float", "laq", "blaq", "--out", str(tmp_path)]
     )

@@ -84,6 +84,7 @@ def test_a_browser_that_never_answers_is_tried_again_and_then_an_error(
 
     monkeypatch.setattr("kaleido.write_fig_from_object_sync", never_answers)
     monkeypatch.setattr(static, "SECONDS", 0.05)
+    monkeypatch.setattr(static, "SECONDS_EACH", 0)
     with pytest.raises(ValueError, match="the browser has not drawn"):
         write_figures(build(read_runs([run])).figures, tmp_path / "figures")
     hang.set()

@@ -93,8 +93,8 @@ class Dataset:
         """One line that says which data these are.
 
         >>> split = Split(torch.zeros(1200, 1), torch.zeros(1200))
-        >>> print(Dataset("mnist", split, split, split, 10, (1,), torch.zeros(1), torch.ones(1), place="/data/mnist"))
-        data mnist from /data/mnist: 1,200 examples to train on, 1,200 to validate, 1,200 to test; 10 classes
+        >>> print(Dataset("mnist", split, split, split, 10, (1,), torch.zeros(1), torch.ones(1), place="data/mnist"))
+        data mnist from data/mnist: 1,200 examples to train on, 1,200 to validate, 1,200 to test; 10 classes
         """
         found = f" from {self.place}" if self.place else ""
         return (

@@ -209,8 +209,8 @@ def _progress(directory: RunDirectory, module: TaskModule) -> tuple[int, int]:
     """The epochs and steps that the last checkpoint has behind it; that it can be continued is seen before anything is
     written.
     """
-    directory.load("best", mmap=True)
     saved = directory.load("last", mmap=True)
+    directory.load("best", mmap=True)
     directory.load_weights(module, "last", saved["state_dict"])
     return saved["epoch"] + 1, saved["global_step"]
 
