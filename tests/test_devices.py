@@ -23,6 +23,7 @@ from blaq import projection
 from blaq.grids import GRIDS
 
 aten = torch.ops.aten
+reads: list[Any] = []  # operations that brought something from the pretended device to the host, which waits for it
 REFUSES_FLOAT64 = False  # whether the pretended device does, as Apple's do
 ELSEWHERE = torch.device("lazy", 0)  # a type that torch can guard, but for which a CPU test need not have a backend
 MODES: dict[str, dict[str, Any]] = {
@@ -85,9 +86,11 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         inner_kwargs["device"] = torch.device("cpu")
     out = func(*inner_args, **inner_kwargs)
     if not goes:
+        reads.extend([func] if remote else [])
         return out.clone() if remote and isinstance(out, Tensor) else out
     if REFUSES_FLOAT64 and any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)):
         raise TypeError(f"{func}: {ELSEWHERE} does not support float64.")
+    reads.extend([] if any(isinstance(t, Tensor) for t in tree_leaves(out)) or out is None else [func])
     same = {id(t.inner): t for t in remote}  # what an operation in place returns
 
     def outer(t: Any) -> Any:
@@ -255,6 +258,32 @@ def test_optimizer(device: torch.device, grid: str, granularity: str | int, solv
     found = train(device, grid, granularity, solver, mode)
     for one, other in zip(found, train(torch.device("cpu"), grid, granularity, solver, mode), strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("mode", [*MODES, "delayed"])
+def test_a_step_waits_for_the_device_once_a_gradient(device: torch.device, mode: str) -> None:
+    """To see that it is finite, before anything changes; with the followed scale, the default."""
+    if device != ELSEWHERE:
+        pytest.skip("reads are counted on the pretended device")
+    net = Net(device)
+    groups = [
+        {"params": [net.hidden], "grid": "linear3", "granularity": "channel"},
+        {"params": [net.out], "grid": None},
+    ]
+    opt = blaq.BLAQ(groups, lr=0.05, module=net, trial=mode)
+    x = torch.randn(16, 6).to(device)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = (net(x) - 1).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    opt.step(closure)  # solved exactly
+    for _ in range(3):
+        reads.clear()
+        opt.step(closure)
+        assert reads == [aten._local_scalar_dense.default] * (2 if mode == "fresh" else 1)
 
 
 @pytest.fixture

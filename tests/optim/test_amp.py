@@ -197,6 +197,18 @@ def test_an_overflow_that_has_been_clipped_away_skips_the_step_all_the_same(
     assert scaler.get_scale() == 2.0**9
 
 
+def test_an_overflow_of_unscaling_itself_is_an_error(new_task: NewTask) -> None:
+    """With a scale below 1. The scaler does not see it, and would neither lower its scale nor say anything."""
+    task, scaler = new_task(trial="none").train(range(2)), new_scaler(2.0**-10)
+    scaled(task, scaler, 2)()
+    weight = task.model[0].weight
+    weight.grad[0, 0] = torch.finfo(weight.dtype).max
+    before = [p.detach().clone() for p in task.model.parameters()]
+    with pytest.raises(ValueError, match=r"the gradient of '0\.weight' is NaN, Inf or too large to square"):
+        scaler.step(task.opt)
+    assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
+
+
 def test_a_refused_edit_leaves_no_scale_behind(new_task: NewTask) -> None:
     """The next step would divide by it."""
     task, scaler = new_task(trial="none").train(range(2)), new_scaler()

@@ -217,7 +217,7 @@ class TwoHalves(LatentOptimizer):
                 refuse_float16(self._owner, entries, self._name)
                 for entry in entries:
                     entry.grad.div_(grad_scale)
-        return all_usable(self._owner, entries, self._name, scaled=scaler is not None or found_inf is not None)
+        return all_usable(self._owner, entries, self._name, scaled=scaler is not None)
 
     def _check_idle(self, what: str) -> None:
         if self._pending is not None:
