@@ -47,13 +47,11 @@ def reference_gradient(problem: Problem, step: int, values: list[list[float]]) -
 
 
 def assert_same(production: Tensor, expected: list[float], what: str) -> None:
-    torch.testing.assert_close(
-        production.flatten().double(),
-        torch.tensor(expected, dtype=torch.float64),
-        rtol=1e-9,
-        atol=1e-12,
-        msg=lambda text: f"{what}: {text}",
-    )
+    found, wanted = production.flatten().double(), torch.tensor(expected, dtype=torch.float64)
+    bounds = {"rtol": 1e-9, "atol": 1e-12}
+    if found.shape == wanted.shape and torch.allclose(found, wanted, **bounds):
+        return  # the same comparison as below, which takes ten times as long to say that all is well
+    torch.testing.assert_close(found, wanted, **bounds, msg=lambda text: f"{what}: {text}")
 
 
 def run(
