@@ -260,6 +260,7 @@ def test_optimizer(device: torch.device, grid: str, granularity: str | int, solv
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("device", ["pretended"], indirect=True)  # where reads can be counted
 @pytest.mark.parametrize("mode", [*MODES, "delayed"])
 def test_a_step_waits_for_the_device_once_a_gradient(device: torch.device, mode: str) -> None:
     """To see that it is finite, before anything changes; with the followed scale, the default."""
