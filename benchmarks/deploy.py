@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from blaq.export import onnx as to_ort
 from blaq.export import openvino as to_ov
-from blaq.export.bench import bench, inputs_of, interleaved, machine, random_inputs, resident_growth, size
+from blaq.export.bench import bench, inputs_of, interleaved, machine, random_inputs, resident_growth
+from blaq.export.files import bytes_of
 from blaq.export.float_twin import write_float32
 from blaq.export.layers import QuantizedWeight
 from blaq.export.runtimes import SUFFIXES, open_session
@@ -161,7 +162,7 @@ def eight_bit_activations(name: str, rounds: int, folder: Path) -> dict[str, Any
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
         speeds[batch] = [round(v, 2) for v in (statistics.median(ratios), min(ratios), max(ratios))]
         print(f"{name:<9} 8-bit activations in ONNX Runtime: {speeds[batch][0]:.2f} x at {batch}", flush=True)
-    return {"network": name, "bytes": size(quantized), "speedup": speeds}
+    return {"network": name, "bytes": bytes_of(quantized), "speedup": speeds}
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:

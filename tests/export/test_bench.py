@@ -17,6 +17,7 @@ import blaq
 from blaq.cli import app
 from blaq.export import bench as module
 from blaq.export.bench import bench, interleaved, random_inputs, resident_growth
+from blaq.export.files import bytes_of
 from blaq.export.float_twin import Input, inputs_of, write_float32
 from blaq.export.runtimes import open_session
 from blaq.tasks.models import build_model
@@ -104,7 +105,7 @@ def test_the_twin_of_convolutions_and_lstms(suffix: str, name: str, tmp_path: Pa
     twin = write_float32(packed, path, tmp_path)
     expected = packed.run(x.numpy())
     assert np.abs(open_session(twin).run(x.numpy()) - expected).max() <= 1e-5 * np.abs(expected).max()
-    assert name == "char_lstm" or module.size(twin) > 2 * module.size(path)
+    assert name == "char_lstm" or bytes_of(twin) > 2 * bytes_of(path)
 
 
 def test_inputs_are_those_of_the_file(suffix: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blaq.export.files import bytes_of as size
+from blaq.export.files import bytes_of
 from blaq.export.float_twin import Input, inputs_of, write_float32
 from blaq.export.runtimes import SUFFIXES, Session, open_session
 
@@ -132,7 +132,7 @@ runtime does: `blaq export RUN --format onnx` or `--format openvino`.
             timings.append(_time(session, float32, inputs, batch, rounds, threads))
         resident = resident_growth(path, threads, sequence) if memory else None
         resident_float32 = resident_growth(twin, threads, sequence) if memory else None
-        size_float32 = size(twin)
+        size_float32 = bytes_of(twin)
     package = PACKAGES[path.suffix]
     return Bench(
         file=path.name,
@@ -141,7 +141,7 @@ runtime does: `blaq export RUN --format onnx` or `--format openvino`.
         threads=threads,
         rounds=rounds,
         clock="CPU time of the process" if threads == 1 else "wall time",
-        bytes=size(path),
+        bytes=bytes_of(path),
         bytes_float32=size_float32,
         resident=resident,
         resident_float32=resident_float32,
