@@ -870,8 +870,7 @@ def test_a_look_in_blocks_sees_the_same(name: str, rows: int, columns: int) -> N
     assert torch.equal(whole[2], torch.where(step * direction < 0, 0.1, 0.0))
 
 
-@pytest.mark.parametrize("counts", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "counts"), [(1, False), (3, True)])
 @pytest.mark.parametrize("name", ["binary", "ternary", "ternary2", "linear3", "log3", "midrise2", "linear8"])
 def test_a_compiled_look_sees_the_same(name: str, rows: int, counts: bool) -> None:
     """Bit for bit, at a size that fills no register, and with a row of zeros."""

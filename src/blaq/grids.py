@@ -7,7 +7,7 @@ and Kwok, ICLR 2018), and the mid-rise grids.
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -38,6 +38,8 @@ class Grid:
         bits: storage bits a weight.
         magnitudes: the levels >= 0, ascending: a weight starts at the first and steps outward.
         two_scales: negative and positive entries have scales of their own.
+        mids: half way between neighbouring magnitudes: where a weight steps outward.
+        spacing: how far apart neighbouring magnitudes are, where all are equally far and three or more: else None.
 
     Example:
         >>> Grid.parse("linear3").levels
@@ -50,6 +52,15 @@ class Grid:
     bits: int
     magnitudes: tuple[int, ...]
     two_scales: bool = False
+    # Every pass asks for these: they are computed once.
+    mids: tuple[float, ...] = field(init=False, compare=False)
+    spacing: float | None = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        pairs = list(pairwise(self.magnitudes))
+        steps = {outer - inner for inner, outer in pairs}
+        object.__setattr__(self, "mids", tuple((inner + outer) / 2 for inner, outer in pairs))
+        object.__setattr__(self, "spacing", float(steps.pop()) if len(steps) == 1 and len(pairs) > 1 else None)
 
     @staticmethod
     def parse(spec: "str | int | Grid") -> "Grid":
@@ -96,17 +107,6 @@ class Grid:
     def has_zero(self) -> bool:
         """Whether zero is a level."""
         return self.magnitudes[0] == 0
-
-    @property
-    def mids(self) -> tuple[float, ...]:
-        """Half way between neighbouring magnitudes: where a weight steps outward."""
-        return tuple((inner + outer) / 2 for inner, outer in pairwise(self.magnitudes))
-
-    @property
-    def spacing(self) -> float | None:
-        """How far apart neighbouring magnitudes are, where all are equally far and three or more: else None."""
-        steps = {outer - inner for inner, outer in pairwise(self.magnitudes)}
-        return float(steps.pop()) if len(steps) == 1 and len(self.magnitudes) > 2 else None
 
     @property
     def largest(self) -> float:

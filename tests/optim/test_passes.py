@@ -106,7 +106,7 @@ def test_compiled_equals_uncompiled(settings: dict[str, Any]) -> None:
     assert_close(plain, fast, rtol=2e-4)
 
 
-@pytest.mark.parametrize("grid", ["ternary2", "linear4", "midrise2"])
+@pytest.mark.parametrize("grid", ["ternary2", "linear4"])
 def test_where_to_look_is_compiled_for_many_rows(grid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     few = trained(4, grid=grid, granularity=4, compile=True)
     monkeypatch.setattr(running, "_FEW", 3)
@@ -349,15 +349,21 @@ def test_vectors_whose_gradients_lie_otherwise(gradient: Tensor, count: int, gri
     assert not torch.equal(found[0][0], torch.linspace(-0.5, 1, 6))
 
 
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("grid", ["log5", "log7", "log8", "linear8", "midrise8"])
+@pytest.mark.parametrize(
+    ("grid", "compile"),
+    [
+        *((grid, False) for grid in ("log5", "log7", "log8", "linear8", "midrise8")),
+        *((grid, True) for grid in ("log7", "log8", "linear8")),  # doubled levels, in float64 too, and even ones
+    ],
+)
 def test_the_finest_grids_follow_in_float32_as_in_float64(grid: str, compile: bool) -> None:
     """Scales of log8 are 2^126 times smaller than the weights: 1 over them is not finite in float32."""
     errors = []
     for dtype in (torch.float32, torch.float64):
         generator = torch.Generator().manual_seed(0)
         p = nn.Parameter((torch.rand(64, 256, generator=generator) - 0.5).to(dtype) / 8)
-        opt = blaq.LAQ([{"params": [p], "grid": grid}], lr=1e-5, compile=compile)
+        fast = compile and dtype == torch.float32  # the other is what it is held against
+        opt = blaq.LAQ([{"params": [p], "grid": grid}], lr=1e-5, compile=fast)
         for _ in range(4):
             p.grad = torch.randn(64, 256, generator=generator).to(dtype)
             opt.step()

@@ -68,8 +68,9 @@ def nearest(size: float, alpha: float, magnitudes: Levels) -> int:
     """The magnitude nearest to ``size / alpha * largest``; a tie goes outward, alpha = 0 gives the smallest."""
     chosen = magnitudes[0]
     for inner, outer in pairwise(magnitudes):
-        if alpha > 0 and size >= alpha * ((inner + outer) / 2 / magnitudes[-1]):
-            chosen = outer
+        if alpha <= 0 or size < alpha * ((inner + outer) / 2 / magnitudes[-1]):
+            break
+        chosen = outer
     return chosen
 
 
