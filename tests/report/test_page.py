@@ -247,10 +247,19 @@ def test_the_command_says_first_what_the_ends_of_the_runs_say(
     ("arguments", "message"),
     [
         (["runs", "--out", "report.pdf"], "expected the name of an HTML file"),
+        (["runs", "--out", "folder.html"], "report(out='folder.html'): expected the name of an HTML file"),
         (["nowhere"], "'nowhere' holds no run"),
         (
             ["runs", "--figures", "runs/laq-s0/recipe.toml"],
             "report(figures='runs/laq-s0/recipe.toml'): expected a folder",
+        ),
+        (
+            ["runs", "--out", "runs/laq-s0/recipe.toml/a/page.html"],
+            "report(out='runs/laq-s0/recipe.toml/a/page.html'): 'runs/laq-s0/recipe.toml' is no folder",
+        ),
+        (
+            ["runs", "--figures", "runs/laq-s0/recipe.toml/figures"],
+            "'runs/laq-s0/recipe.toml' is no folder, so nothing can be made below it; choose another with --figures.",
         ),
     ],
 )
@@ -258,6 +267,7 @@ def test_what_the_command_refuses(
     arguments: list[str], message: str, compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(compared)
+    Path("folder.html").mkdir()
     done = CliRunner().invoke(app, ["report", *arguments])
     assert done.exit_code == 2
     assert message in done.stderr and done.stderr.count("\n") == 1

@@ -16,7 +16,8 @@ from blaq.report.panels import arrange
 from blaq.report.read import read_runs
 from blaq.report.signs import broken_off, other_data
 from blaq.report.verdict import headline, verdict
-from blaq.report.words import MINUS, Statement
+from blaq.report.words import MINUS, Statement, difference_text, plain, points
+from blaq.train.statistics import Difference
 
 WriteRun = Callable[..., Path]
 Make = Callable[..., None]
@@ -326,6 +327,37 @@ def test_what_quantizing_costs(make: Make, tmp_path: Path) -> None:
     (found,) = [statement for statement in statements(tmp_path) if "smaller" in statement.head]
     assert found.head == "LAQ weights are 16 times smaller than float32"
     assert "they cost +0.50 points" in found.text
+
+
+def test_an_end_of_an_interval_reads_as_zero_only_where_it_is() -> None:
+    ahead = Difference((-0.12, -0.20, -0.28))  # -0.20 ± 0.1987
+    assert ahead.verdict == "lower"
+    assert difference_text(ahead, points) == (
+        f"{MINUS}0.200 points (95 % interval {MINUS}0.399 to {MINUS}0.001, 3 seeds)"
+    )
+    losses = Difference((0.1195, 0.2, 0.2805))
+    assert losses.verdict == "higher"
+    assert difference_text(losses, plain) == "+0.2 (95 % interval +0.00003 to +0.39997, 3 seeds)"
+    assert difference_text(Difference((0.004, 0.004)), points) == "+0.004 points (the same for 2 seeds, so no interval)"
+    assert difference_text(Difference((0.0,)), points) == "0.00 points (1 seed, so no interval)"
+
+
+def test_a_finished_run_without_its_metrics_is_not_called_unfinished(tmp_path: Path, write_run: WriteRun) -> None:
+    write_run(tmp_path / "good")
+    (write_run(tmp_path / "lost", seed=1) / "metrics.jsonl").unlink()
+    write_run(tmp_path / "cut", seed=2, finished=False)
+    (task,) = arrange(read_runs([tmp_path]))
+    cut, lost = broken_off(task)
+    assert cut.head == "1 run is not finished and left out" and cut.text == "cut (10 of 10 epochs)."
+    assert lost.head == "1 run has a result but no metrics and is left out"
+    assert lost.text == "lost: metrics.jsonl is missing or empty." and "make the run again" in lost.advice
+    assert build(read_runs([tmp_path])).tasks[0].summary == "1 run, 1 seed: LAQ."
+
+
+def test_metrics_that_every_run_lacks_are_said(tmp_path: Path, write_run: WriteRun) -> None:
+    (write_run(tmp_path / "lost") / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"report: 1 run has a result but no metrics and is left out \(lost: "):
+        build(read_runs([tmp_path]))
 
 
 def test_unfinished_runs_and_how_to_go_on(tmp_path: Path, write_run: WriteRun) -> None:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from PIL import Image
 
 from blaq.tasks import columns, decode, images
-from blaq.tasks.data import load_dataset
+from blaq.tasks.data import find_dataset, load_dataset
 
 REAL = Path(os.environ.get("BLAQ_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
@@ -371,6 +371,49 @@ def test_the_data_say_where_they_come_from(folder, monkeypatch):
     assert load_dataset("digits").place == "scikit-learn"
 
 
+def test_where_data_are_is_known_without_reading_them(folder, monkeypatch):
+    monkeypatch.setenv("BLAQ_DATA", str(folder.parent))
+    monkeypatch.chdir(folder)
+    assert find_dataset("digits") == ("digits", "scikit-learn")
+    assert find_dataset("someone/else") == ("else", "the Hugging Face hub")
+    for source in ("someone/small", ".", str(folder)):
+        dataset = load_dataset(source)
+        assert find_dataset(source) == (dataset.name, dataset.place)
+    (folder / "input.txt").write_text("to be or not to be " * 20)
+    for source in ("small", "input.txt"):
+        dataset = load_dataset(source, sequence=5)
+        assert find_dataset(source, text=True) == (dataset.name, dataset.place)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_their_orientation_says(tmp_path, orientation):
+    """Against `datasets`, which decides what an image of its layout is."""
+    import datasets
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pictures = []
+    for pixels in numbered(0, 30):
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "PNG", exif=exif)
+        pictures.append(file.getvalue())
+    for role in ("train", "test"):
+        write(tmp_path / "turned" / f"{role}.parquet", pictures)
+    feature = datasets.Image()
+    expected = [np.asarray(feature.decode_example({"bytes": picture, "path": None})) for picture in pictures]
+    found = load_dataset(str(tmp_path / "turned")).test
+    assert np.array_equal(found.inputs[:, 0].numpy(), np.stack(expected))
+
+
+def test_an_image_whose_metadata_are_damaged_is_taken_as_it_is(tmp_path):
+    pixels = np.full((4, 5, 3), 200, dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=b"Exif\0\0no TIFF at all")
+    for role in ("train", "test"):
+        write(tmp_path / "odd" / f"{role}.parquet", [file.getvalue()] * 30)
+    assert bool((load_dataset(str(tmp_path / "odd")).test.inputs == 200).all())
+
+
 # --- cache
 
 
@@ -417,6 +460,14 @@ def test_the_cache_is_for_the_content_not_for_the_place(folder, tmp_path, monkey
     moved = folder.rename(tmp_path / "elsewhere" / "small")
     monkeypatch.setattr(decode, "_decode", None)
     assert which(load_dataset(str(moved)).test) == before
+
+
+def test_what_another_version_decoded_is_not_taken(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "_FORMAT", 1)  # before images were turned
+        load_dataset(str(folder))
+    load_dataset(str(folder))
+    assert len(cache_files(tmp_path)) == 4
 
 
 def test_other_content_or_image_size_is_decoded_anew(folder, tmp_path):

@@ -98,6 +98,11 @@ def test_a_folder_keeps_the_task_its_config_was_saved_for(tmp_path):
     assert type(build_model(f"hf:{tmp_path}", task="text-generation")).__name__ == "GPT2LMHeadModel"
 
 
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **GPT2}), encoding="utf-8-sig")
+    assert type(build_model(f"hf:{tmp_path}")).__name__ == "GPT2LMHeadModel"
+
+
 def test_a_config_saved_in_bfloat16_is_trained_in_torchs_default_dtype(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "dtype": "bfloat16", **GPT2}))
     assert {p.dtype for p in build_model(f"hf:{tmp_path}").parameters()} == {torch.float32}

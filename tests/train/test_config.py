@@ -135,7 +135,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         train=TrainConfig(
             epochs=draw(st.integers(period, 1000)),
             seed=draw(_seed),
-            threads=draw(st.none() | _count),
+            threads=draw(st.none() | st.integers(1, 1024)),
             gradient_clip=draw(st.none() | _positive),
         ),
     )
@@ -189,6 +189,14 @@ def test_a_recipe_is_named_as_its_file_unless_it_says_otherwise(tmp_path: Path) 
         "leaf",
         "plain",
     ]
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As editors of Windows write it."""
+    (tmp_path / "base.toml").write_text(RECIPE.to_toml(), encoding="utf-8-sig")
+    (tmp_path / "leaf.toml").write_text("extends = 'base.toml'\n", encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "base.toml") == RECIPE
+    assert load_recipe(tmp_path / "leaf.toml") == replace(RECIPE, name="leaf")
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -251,6 +259,7 @@ def test_a_recipe_is_named_as_its_file_unless_it_says_otherwise(tmp_path: Path) 
         (["train.epochs=0"], r"TrainConfig\(epochs=0\)"),
         (["train.seed=-1"], r"TrainConfig\(seed=-1\)"),
         (["train.threads=0"], r"TrainConfig\(threads=0\)"),
+        (["train.threads=1025"], r"TrainConfig\(threads=1025\): expected 1 to 1024, or none"),
         (["train.gradient_clip=0"], r"TrainConfig\(gradient_clip=0\.0\)"),
         (["name=a/b"], r"Recipe\(name='a/b'\): expected a name that a folder can have"),
         (["name=.."], r"Recipe\(name='\.\.'\)"),

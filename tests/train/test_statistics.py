@@ -27,6 +27,31 @@ def test_the_interval_is_that_of_the_paired_t_test(values: list[float]) -> None:
             assert difference.verdict == ("lower" if statistics.fmean(values) < 0 else "higher")
 
 
+@given(VALUES, st.integers(0, 3))
+def test_what_is_shown_says_what_the_verdict_says(values: list[float], digits: int) -> None:
+    difference = Difference(tuple(values))
+    mean, _, width = difference.show(digits).partition(" ± ")
+    if width:
+        assert (abs(float(mean)) > float(width)) == (difference.verdict != "open")
+    else:
+        assert (float(mean) != 0) == (difference.mean != 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ((0.12, 0.20, 0.28), "+0.200 ± 0.199"),
+        ((-0.1195, -0.2, -0.2805), "-0.20000 ± 0.19997"),
+        ((0.004,), "+0.004"),
+        ((0.0, 0.001, -0.0004), "+0.000 ± 0.002"),
+        ((0.0,), "+0.00"),
+        ((0.1, 0.2, 0.3), "+0.20 ± 0.25"),
+    ],
+)
+def test_an_end_reads_as_zero_only_where_it_is(values: tuple[float, ...], shown: str) -> None:
+    assert Difference(values).show(2) == shown
+
+
 def test_two_pairs_by_the_closed_form() -> None:
     """With one degree of freedom t is Cauchy's distribution: the quantile of 0.975 is tan(0.475 pi)."""
     difference = Difference((1.0, 3.0))

@@ -25,13 +25,17 @@ def report(
     from blaq.report.page import build, write_page
     from blaq.report.read import read_runs, read_sweeps
     from blaq.report.static import write_figures
+    from blaq.train.directory import refuse_below_a_file
 
-    if out.suffix.lower() not in (".html", ".htm"):
+    if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"report(out={str(out)!r}): expected the name of an HTML file, such as report.html.")
+    refuse_below_a_file(out, f"report(out={str(out)!r})")
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ValueError(
             f"report(figures={str(figures)!r}): expected a folder, new or not, and this is a file; name another."
         )
+    if figures is not None:
+        refuse_below_a_file(figures / "figure.png", f"report(figures={str(figures)!r})", "--figures")
     made = build(read_runs(runs), read_sweeps(runs))
     write_page(made, out)
     for task in made.tasks:

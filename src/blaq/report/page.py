@@ -16,7 +16,7 @@ from blaq.report.figures import Figure, View, convergence, zigzag
 from blaq.report.panels import Panel, Task, arrange, differing_settings, may_state, task_key
 from blaq.report.read import Run, Sweep
 from blaq.report.settings import OF_THE_LENGTH, OF_THE_METHOD, ORDER, method_name, read_settings, setting_name
-from blaq.report.signs import PROBE, broken_off, failed, other_data
+from blaq.report.signs import PROBE, broken_off, failed, other_data, without_metrics
 from blaq.report.tables import Table, costs, layer_table, run_table, version_table
 from blaq.report.verdict import headline, verdict
 from blaq.report.weights import layer_zigzag, trajectories
@@ -100,6 +100,8 @@ def build(runs: Sequence[Run], sweeps: Sequence[Sweep] = ()) -> Report:
     """
     tasks = arrange(runs)
     if not any(task.panels for task in tasks):
+        for lost in without_metrics(runs):
+            raise ValueError(f"report: {lost.head} ({lost.text.removesuffix('.')}). {lost.advice}")
         raise ValueError(
             "report: no run is finished yet; finish one, as with `blaq train RUN/recipe.toml --out RUN --resume`."
         )
@@ -168,7 +170,7 @@ def _task(task: Task, prefix: str, sweeps: Sequence[Sweep]) -> TaskPart:
         _panel(panel, key, costs(panel, own, task.unfinished, text=text), text=text)
         for panel, key in zip(task.panels, keys, strict=True)
     ]
-    first = next((run for run in task.runs if run.result is not None), task.runs[0])
+    first = next((run for run in task.runs if run.counts), task.runs[0])
     return TaskPart(
         key=prefix.removesuffix("-") or "task",
         title=task.title,
@@ -222,7 +224,7 @@ def slug(text: str) -> str:
 
 
 def _summary(task: Task) -> str:
-    finished = [run for run in task.runs if run.result is not None]
+    finished = [run for run in task.runs if run.counts]
     settings: dict[str, set[str]] = {}
     for panel in task.panels:
         for variant in panel.variants:

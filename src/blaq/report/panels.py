@@ -130,7 +130,7 @@ class Task:
     Attributes:
         title: as the recipe has it.
         panels: in the order of bits.
-        unfinished: runs without a result.
+        unfinished: runs without a result, and those that have lost their metrics.
         runs: all of them.
     """
 
@@ -177,7 +177,7 @@ def _task(runs: Sequence[Run]) -> Task:
     panels = []
     for shared in panel_settings:
         members = [(run, of) for run, of, key in zip(runs, settings, keys, strict=True) if _agree(key, shared)]
-        finished = [(run, of) for run, of in members if run.result is not None and run.epochs]
+        finished = [(run, of) for run, of in members if run.counts]
         unset = sorted(name for name in differing - shared.keys() if may_state(shared, name) and name != ORDER)
         stated = [*shared, *unset]
         names = [name for name in stated if name in differing or name == "optim.bits"]
@@ -185,7 +185,7 @@ def _task(runs: Sequence[Run]) -> Task:
         if finished:
             panels.append(_panel(label, finished))
     title = runs[0].recipe.title
-    return Task(title, tuple(panels), tuple(run for run in runs if run.result is None or not run.epochs), tuple(runs))
+    return Task(title, tuple(panels), tuple(run for run in runs if not run.counts), tuple(runs))
 
 
 def _agree(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> bool:

@@ -59,6 +59,11 @@ class Run:
         """How many epochs have ended."""
         return len(self.metrics.get("epoch", ()))
 
+    @property
+    def counts(self) -> bool:
+        """Whether it is one of the report's: with a result, and with the metrics that led to it."""
+        return self.result is not None and self.epochs > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Sweep:

@@ -54,17 +54,17 @@ def failed(sweeps: Sequence[Sweep]) -> Iterator[Statement]:
 
 
 def broken_off(task: Task) -> Iterator[Statement]:
-    """What the runs without a result show."""
-    if not task.unfinished:
-        return
-    names = [f"{run.name} ({run.epochs} of {run.recipe.train.epochs} epochs)" for run in task.unfinished]
-    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    yield Statement(
-        "note",
-        f"{len(names)} {'run is' if len(names) == 1 else 'runs are'} not finished and left out",
-        f"{listed}.",
-        "Continue with `blaq train RUN/recipe.toml --out RUN --resume`, or repeat the command of the comparison.",
-    )
+    """What the runs that do not count show: without a result, or without metrics."""
+    begun = [run for run in task.unfinished if run.result is None]
+    if begun:
+        names = [f"{run.name} ({run.epochs} of {run.recipe.train.epochs} epochs)" for run in begun]
+        yield Statement(
+            "note",
+            f"{len(names)} {'run is' if len(names) == 1 else 'runs are'} not finished and left out",
+            f"{_first(names)}.",
+            "Continue with `blaq train RUN/recipe.toml --out RUN --resume`, or repeat the command of the comparison.",
+        )
+    yield from without_metrics(task.unfinished)
     rising = [run for run in task.unfinished if rules.diverges(run.metrics.get("train_loss", ()))]
     if rising:
         yield Statement(
@@ -73,6 +73,25 @@ def broken_off(task: Task) -> Iterator[Statement]:
             f"It ended at {_RISEN}.",
             _DIVERGENCE_ADVICE,
         )
+
+
+def without_metrics(runs: Sequence[Run]) -> Iterator[Statement]:
+    """Which runs have their result but have lost what led to it."""
+    lost = [run for run in runs if run.result is not None and not run.counts]
+    if lost:
+        yield Statement(
+            "note",
+            f"{len(lost)} {'run has a result' if len(lost) == 1 else 'runs have a result'} but no metrics and "
+            f"{'is' if len(lost) == 1 else 'are'} left out",
+            f"{_first([run.name for run in lost])}: metrics.jsonl is missing or empty.",
+            "Put the file back, or delete the run's directory and make the run again.",
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - MOST_MESSAGES} more" if len(names) > MOST_MESSAGES else ""
+    return ", ".join(names[:MOST_MESSAGES]) + more
 
 
 def other_data(task: Task) -> Iterator[Statement]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from blaq.train.statistics import Difference
+from blaq.train.statistics import MOST_DIGITS, Difference
 
 Tone = Literal["ahead", "behind", "level", "sign", "note"]
 
 MINUS = "\N{MINUS SIGN}"
-_MOST_DIGITS = 10  # after the point
+_OF_POINTS = 2  # digits after the point
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +39,33 @@ def difference_text(difference: Difference, show: Callable[[float], str]) -> str
         '−0.20 points (95 % interval −0.32 to −0.08, 3 seeds)'
         >>> difference_text(Difference((0.0002, 0.0004, 0.0005)), plain)
         '+0.00037 (95 % interval −0.00001 to +0.00075, 3 seeds)'
+        >>> difference_text(Difference((-0.28, -0.20, -0.12)), points)  # with 2 digits an end would read as 0
+        '−0.200 points (95 % interval −0.399 to −0.001, 3 seeds)'
     """
-    seeds = len(difference.values)
+    seeds, mean = len(difference.values), difference.mean
     if math.isnan(difference.half_width):
-        return f"{show(difference.mean)} ({'1 seed' if seeds == 1 else f'the same for {seeds} seeds'}, so no interval)"
-    unit = " points" if show is points else ""
+        if show is points:
+            show = partial(points, digits=difference.digits(_OF_POINTS, (abs(mean), 0.0)))
+        return f"{show(mean)} ({'1 seed' if seeds == 1 else f'the same for {seeds} seeds'}, so no interval)"
+    low, high = mean - difference.half_width, mean + difference.half_width
+    least = _OF_POINTS
     if show is plain:  # the ends to the same place as the middle
-        digits = min(_MOST_DIGITS, max(0, 1 - math.floor(math.log10(difference.half_width))))
-        show = partial(_fixed, digits=digits)
-    low, high = (show(difference.mean + side * difference.half_width).removesuffix(unit) for side in (-1, 1))
-    return f"{show(difference.mean)} (95 % interval {low} to {high}, {seeds} seeds)"
+        least = min(MOST_DIGITS, max(0, 1 - math.floor(math.log10(difference.half_width))))
+    digits = difference.digits(least, (abs(low), 0.0), (abs(high), 0.0))
+    if show is points:
+        show = partial(points, digits=digits)
+    ends = f"{_fixed(low, digits)} to {_fixed(high, digits)}"
+    return f"{show(mean)} (95 % interval {ends}, {seeds} seeds)"
 
 
-def points(value: float) -> str:
+def points(value: float, digits: int = _OF_POINTS) -> str:
     """A difference of percentages.
 
     Example:
         >>> points(-0.125), points(0.0)
         ('−0.12 points', '0.00 points')
     """
-    return f"{_signed(value, f'{abs(value):.2f}')} points"
+    return f"{_fixed(value, digits)} points"
 
 
 def plain(value: float) -> str:
@@ -68,7 +75,7 @@ def plain(value: float) -> str:
         >>> plain(0.00012345), plain(-1.5)
         ('+0.00012', '−1.5')
     """
-    return _signed(value, f"{float(f'{abs(value):.2g}'):.{_MOST_DIGITS}f}".rstrip("0").rstrip(".") or "0")
+    return _signed(value, f"{float(f'{abs(value):.2g}'):.{MOST_DIGITS}f}".rstrip("0").rstrip(".") or "0")
 
 
 def _fixed(value: float, digits: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blaq.tasks.batches import Batches, Dataset, Split, to_unit
 
-__all__ = ["Batches", "Dataset", "Split", "load_dataset"]
+__all__ = ["Batches", "Dataset", "Split", "find_dataset", "load_dataset"]
 
 _STATISTICS = 1 << 16  # images that mean and std are taken over at most: all of MNIST and CIFAR-10, 5 % of ImageNet
 
@@ -79,12 +79,36 @@ def load_dataset(
             f"load_dataset(image_size={image_size}): only images from files can be resized, not {source!r}; leave out "
             "data.image_size."
         )
+    name, place = find_dataset(source, text=sequence is not None)
     if source == "digits":
-        return replace(_digits(wanted), place="scikit-learn")
+        return replace(_digits(wanted), place=place)
     if text is not None:
-        return replace(_text(text, wanted, sequence), place=str(text))
-    place = "the Hugging Face hub" if path is None else str(path)
-    return replace(_images(source, path, wanted, image_size), place=place)
+        return replace(_text(text, name, wanted, sequence), place=place)
+    return replace(_images(source, path, name, wanted, image_size), place=place)
+
+
+def find_dataset(source: str, *, text: bool = False) -> tuple[str, str]:
+    """Name and place of the data that `load_dataset` would load, as `Dataset` has them; nothing is read.
+
+    Args:
+        source: as `load_dataset` takes it.
+        text: whether text is wanted, which is what `sequence` says there.
+
+    Raises:
+        ValueError: there is no such source.
+
+    >>> find_dataset("digits")
+    ('digits', 'scikit-learn')
+    """
+    if source == "digits":
+        return source, "scikit-learn"
+    path = _find(source, text=text)
+    if path is None:
+        return Path(source).name, "the Hugging Face hub"
+    file = _text_file(path)
+    if file is None:
+        return path.resolve().name, str(path)
+    return file.resolve().parent.name if file.name == "input.txt" else file.stem, str(file)
 
 
 @dataclass(frozen=True)
@@ -173,10 +197,9 @@ def _digits(wanted: _Wanted) -> Dataset:
     return _image_dataset("digits", train, validation, test, tuple(str(digit) for digit in range(10)))
 
 
-def _images(source: str, path: Path | None, wanted: _Wanted, image_size: int | None) -> Dataset:
+def _images(source: str, path: Path | None, name: str, wanted: _Wanted, image_size: int | None) -> Dataset:
     from blaq.tasks.images import folder_parts, hub_parts, read_images  # pyarrow: not needed for digits and text
 
-    name = Path(source).name if path is None else path.resolve().name
     files = read_images(hub_parts(source) if path is None else folder_parts(path), name, image_size)
     if files.validation is None:
         tenth = max(1, len(files.train) // 10)
@@ -211,7 +234,7 @@ def _statistics(split: Split) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
 
-def _text(path: Path, wanted: _Wanted, sequence: int | None) -> Dataset:
+def _text(path: Path, name: str, wanted: _Wanted, sequence: int | None) -> Dataset:
     if sequence is None:
         raise ValueError(
             f"load_dataset(sequence=None): expected the characters a window of {str(path)!r} has; set data.sequence, "
@@ -223,7 +246,6 @@ def _text(path: Path, wanted: _Wanted, sequence: int | None) -> Dataset:
         raise ValueError(f"{path}: expected UTF-8 text ({error}).") from None
     characters = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     vocabulary, codes = np.unique(characters, return_inverse=True)
-    name = path.resolve().parent.name if path.name == "input.txt" else path.stem
     bounds = [0, len(codes) * 8 // 10, len(codes) * 9 // 10, len(codes)]
     splits: list[Split] = []
     for k, role in enumerate(("train", "validation", "test")):

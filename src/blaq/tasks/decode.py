@@ -24,15 +24,20 @@ import pyarrow.dataset
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
 __all__ = ["Part", "cache_folder", "decode_images"]
 
-_FORMAT = 1  # part of the cache key: raise it whenever the same files come to decode to other pixels
+_FORMAT = 2  # part of the cache key: raise it whenever the same files come to decode to other pixels
 _GREY = {"1", "L", "LA"}  # Pillow's names
 _COLOUR = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
+_TURNS = {  # EXIF orientation to what makes an image upright; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 _BLOCK = 1024  # images decoded and written at a time
 _PATIENCE = 5.0  # seconds between two looks whether another process is done
 
@@ -267,13 +272,16 @@ def _decode_rows(
 
 
 def _decode(file: bytes, where: str, image_size: int | None, grey: bool) -> Pixels:
-    """One image as (1, H, W) or (3, H, W)."""
+    """One image as (1, H, W) or (3, H, W), turned as its metadata say: as `datasets` does."""
     with Image.open(BytesIO(file)) as image:
         if image.mode not in _GREY | _COLOUR:
             raise ValueError(f"{where}: expected an 8-bit image, got Pillow mode {image.mode!r}.")
         if grey and image.mode in _COLOUR:
             raise _ColourError(where)
         pixels = image.convert("L" if grey else "RGB")
+        turn = _turn(image)
+    if turn is not None:
+        pixels = pixels.transpose(turn)
     if image_size is not None:
         scale = round(image_size * 8 / 7) / min(pixels.size)
         width, height = (round(side * scale) for side in pixels.size)
@@ -282,3 +290,11 @@ def _decode(file: bytes, where: str, image_size: int | None, grey: bool) -> Pixe
         pixels = pixels.crop((left, top, left + image_size, top + image_size))
     array = np.asarray(pixels)
     return array[None] if grey else array.transpose(2, 0, 1)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a loaded image upright, if it is not; damaged metadata do not tell."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of many kinds
+        return None

@@ -84,7 +84,7 @@ def _read_config(owner: str, folder: Path) -> tuple[str, dict[str, Any]]:
             f"write it first with AutoConfig.from_pretrained(...).save_pretrained(folder)."
         )
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # no JSON, or not even text
         raise ValueError(f"{owner}: {str(path)!r} is not the JSON of a config ({error}).") from None
     if not isinstance(saved, dict):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blaq.train.config import METHODS, Recipe
-from blaq.train.grid import METHOD, combinations
+from blaq.train.grid import GRID, METHOD, combinations, unquoted
 from blaq.train.statistics import CONFIDENCE
 from blaq.train.summary import Group, Measure, Setting, settings_of
-from blaq.train.sweep import Outcome, Sweeper, claim
+from blaq.train.sweep import Outcome, Sweeper, claim, say_data, spelt_as_before
 from blaq.train.tables import write_tables
 
 # Settings of which LAQ is a special case; the others have to agree where a setting is set against LAQ.
@@ -139,6 +139,10 @@ def ablate(
     if target is not None and not math.isfinite(target):
         raise ValueError(f"ablate(target={target}): expected a finite training loss.")
     out = Path(out)
+    if GRID in sets:
+        values = spelt_as_before([unquoted(GRID, value) for value in sets[GRID]], out)
+        if len(set(values)) == len(values):  # else two of them are one grid, which is refused below
+            sets = {**sets, GRID: list(map(str, values))}
     jobs = combinations(recipe, sets, seeds)
     quantized = [job.recipe.optim for job in jobs if job.recipe.optim.trains_by.quantized]
     description = {
@@ -152,6 +156,7 @@ def ablate(
         "sets": {key: list(values) for key, values in sets.items()},
     }
     claim(out, recipe, description, {"runs": jobs})
+    say_data(jobs, sweeper.console)
 
     def write(outcome: Outcome) -> None:
         ablation = Ablation(recipe, sets, outcome, target, seeds)

@@ -15,7 +15,7 @@ from blaq.train.config import Recipe
 from blaq.train.display import Display
 from blaq.train.module import build_groups
 from blaq.train.summary import Group, Measure, Setting, settings_of
-from blaq.train.sweep import Job, Outcome, Run, Sweeper, claim
+from blaq.train.sweep import Job, Outcome, Run, Sweeper, claim, say_data, spelt_as_before
 from blaq.train.tables import write_csv, write_tables
 from blaq.train.tuning import Tuning, tune, tuning_jobs
 from blaq.train.verdict import judge
@@ -134,9 +134,11 @@ def compare(recipe: Recipe, design: Design, out: Path | str, sweeper: Sweeper) -
             runs whose epochs or learning rates this comparison would change.
     """
     out = Path(out)
-    variants = _variants(recipe, design)
+    grids = spelt_as_before(design.bits or [recipe.optim.bits], out)
+    design = replace(design, bits=grids if design.bits else ())
+    variants = _variants(recipe, design, grids)
     description = {"kind": "compare", "recipe": recipe.name, **asdict(design), "seeds": list(design.seeds)}
-    description["bits"] = list(design.bits) or [recipe.optim.bits]
+    description["bits"] = grids
     description["epochs"] = {name: variant.train.epochs for name, variant in variants.items()}
     jobs = _jobs(variants, design)
     if design.rates:  # until they are chosen, the tables there are those of the design there
@@ -145,6 +147,7 @@ def compare(recipe: Recipe, design: Design, out: Path | str, sweeper: Sweeper) -
     else:
         claim(out, recipe, description, {"runs": jobs})
     _show_plan(list(variants.values()), sweeper.console)
+    say_data(jobs, sweeper.console)
     notes = _notes(recipe, design, variants)
     for note in notes:
         Display(sweeper.console).say(note)
@@ -168,7 +171,7 @@ def compare(recipe: Recipe, design: Design, out: Path | str, sweeper: Sweeper) -
     return Comparison(recipe, design, sweeper.run(jobs, out / "runs", finished=write), tuning)
 
 
-def _variants(recipe: Recipe, design: Design) -> dict[str, Recipe]:
+def _variants(recipe: Recipe, design: Design, grids: Sequence[int | str]) -> dict[str, Recipe]:
     """The recipe with each method and grid, by the name that a run's name begins with."""
     variants: dict[str, Recipe] = {}
     for method in design.methods:
@@ -176,7 +179,7 @@ def _variants(recipe: Recipe, design: Design) -> dict[str, Recipe]:
         if not variant.optim.trains_by.quantized:
             variants[method] = variant
             continue
-        for bits in design.bits or [recipe.optim.bits]:
+        for bits in grids:
             variants[f"{method}-b{bits}"] = variant.with_([f"optim.bits={bits}"])
     if design.bits and not any(variant.optim.trains_by.quantized for variant in variants.values()):
         raise ValueError(

@@ -151,6 +151,7 @@ class RunDirectory:
         if not self.recipe_file.exists():
             if self.path.exists() and (not self.path.is_dir() or names_in(self.path)):
                 raise ValueError(f"{owner}: expected a new or empty directory; choose another with --out.")
+            refuse_below_a_file(self.recipe_file, owner)
             return
         if not resume:
             state = "a finished run" if self.finished else "a run"
@@ -250,6 +251,19 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".partial" and path.name != _LOCK}
 
 
+def refuse_below_a_file(path: Path, owner: str, option: str = "--out") -> None:
+    """Whether folders can be made down to a path that is to be written.
+
+    Raises:
+        ValueError: a parent is no folder, but a file or a link that leads nowhere.
+    """
+    there = next((parent for parent in path.parents if os.path.lexists(parent)), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(
+            f"{owner}: {str(there)!r} is no folder, so nothing can be made below it; choose another with {option}."
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object.
 
@@ -307,7 +321,14 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is at every moment either as before or complete."""
+    """Write a file that is at every moment either as before or complete; a link is followed.
+
+    A device or a pipe, in whose place nothing may come, is written to directly.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -14,6 +14,7 @@ from blaq.train.sweep import Job
 
 MOST_VALUES = 10_000
 METHOD = "optim.method"
+GRID = "optim.bits"
 
 
 def parse_values(text: str) -> tuple[str, list[str]]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+MOST_THREADS = 1024  # far more end the process inside of OpenMP, where the system makes no more of them
+
 
 def expect(config: object, name: str, condition: bool, expected: str) -> None:
     """Raise the ValueError of a setting out of range; conditions are written so that NaN fails them."""
@@ -85,7 +87,8 @@ class TrainConfig:
     """Seed of initial weights, order of examples, augmentation and dropout, 0 to 2^32 - 1."""
 
     threads: int | None = None
-    """CPU threads of torch, at least 1; none leaves torch's choice."""
+    """CPU threads of torch, 1 to 1024; none leaves torch's choice. More than there are cores are allowed, so that a recipe
+    gives the same numbers on smaller machines."""
 
     gradient_clip: float | None = None
     """Bound above 0 of the Euclidean norm of the whole gradient, for either gradient of a step; none leaves it free."""
@@ -93,7 +96,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         expect(self, "epochs", self.epochs >= 1, "at least 1")
         expect(self, "seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-        expect(self, "threads", self.threads is None or self.threads >= 1, "at least 1, or none")
+        allowed = self.threads is None or 1 <= self.threads <= MOST_THREADS
+        expect(self, "threads", allowed, f"1 to {MOST_THREADS}, or none")
         bound = self.gradient_clip
         expect(self, "gradient_clip", bound is None or 0 < bound < math.inf, "a finite number > 0, or none")
 

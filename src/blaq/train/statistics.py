@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9  # of the largest: what is less may come of rounding
+MOST_DIGITS = 10  # after the point
 
 Verdict = Literal["lower", "higher", "open"]
 
@@ -61,7 +63,7 @@ class Difference:
     @property
     def spread(self) -> bool:
         """Whether the differences differ by more than the rounding of what they are of: errors are multiples of an example."""
-        return max(self.values) - min(self.values) > 1e-9 * max(map(abs, self.values))
+        return max(self.values) - min(self.values) > ROUNDING * max(map(abs, self.values))
 
     @property
     def flat(self) -> bool:
@@ -87,9 +89,21 @@ class Difference:
         return "lower" if self.mean < 0 else "higher"
 
     def show(self, digits: int) -> str:
-        """Mean ± half width, signed; the mean alone without an interval."""
-        width = "" if math.isnan(self.half_width) else f" ± {self.half_width:.{digits}f}"
+        """Mean ± half width, signed; the mean alone without an interval.
+
+        It has more digits where an end of the interval would read as 0 and is not: +0.20 ± 0.20 is no verdict.
+        """
+        half = 0.0 if math.isnan(self.half_width) else self.half_width
+        digits = self.digits(digits, (abs(self.mean), half))
+        width = "" if math.isnan(self.half_width) else f" ± {half:.{digits}f}"
         return f"{self.mean:+z.{digits}f}{width}"
+
+    def digits(self, least: int, *pairs: tuple[float, float]) -> int:
+        """Digits after the point, at least so many, at which the numbers of a pair read as different ones, if they are."""
+        noise = ROUNDING * max(map(abs, self.values))
+        apart = [(a, b) for a, b in pairs if abs(a - b) > noise]
+        most = max(least, MOST_DIGITS)
+        return next((n for n in range(least, most) if all(f"{a:.{n}f}" != f"{b:.{n}f}" for a, b in apart)), most)
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from blaq.grids import Grid
+from blaq.tasks.data import find_dataset
 from blaq.train.board import Board
 from blaq.train.config import Recipe, load_recipe
 from blaq.train.directory import (
@@ -19,8 +21,10 @@ from blaq.train.directory import (
     names_in,
     open_run,
     read_json,
+    refuse_below_a_file,
     write_atomically,
 )
+from blaq.train.display import Display
 from blaq.train.executors import ExecutorName, Handle, cores, open_executor
 from blaq.train.interrupts import terminable
 from blaq.train.run import Result, read_result
@@ -204,6 +208,7 @@ def claim(
         raise ValueError(f"{owner}: the directory holds a run; {way_out}")
     if not design_file.exists() and folder.exists() and (not folder.is_dir() or not names_in(folder) <= _OWN):
         raise ValueError(f"{owner}: expected a new or empty directory, or one of a comparison; {way_out}")
+    refuse_below_a_file(design_file, owner)
     if design_file.exists():
         before = read_json(design_file)
         for key in ("kind", "budget"):
@@ -221,6 +226,34 @@ def claim(
     if extend or not design_file.exists():
         write_atomically(design_file, json.dumps(design, indent=2) + "\n")
     write_atomically(recipe_file, recipe.to_toml())
+
+
+def say_data(jobs: Sequence[Job], console: Console) -> None:
+    """Print where the data of the runs are found, once, as ``blaq train`` does; where there are none, each run says why."""
+    for source, text in dict.fromkeys((of.recipe.data.source, of.recipe.data.sequence is not None) for of in jobs):
+        with suppress(ValueError, OSError):
+            name, place = find_dataset(source, text=text)
+            Display(console).say(f"data {name} from {place}")
+
+
+def spelt_as_before(grids: Iterable[int | str], folder: Path) -> list[int | str]:
+    """Grids as the runs of a sweep's directory call them, by which the runs are named: 1 and binary are one grid.
+
+    Those without a run there, and what is no grid, stay as they are.
+    """
+    before: dict[str, dict[str, int | str]] = {}  # name of a grid to how it is spelt
+    for file in sorted(folder.glob("*/*/recipe.toml")):
+        with suppress(ValueError):  # a damaged one fails by itself
+            optim = load_recipe(file).optim
+            if optim.trains_by.quantized:
+                before.setdefault(Grid.parse(optim.bits).name, {})[str(optim.bits)] = optim.bits
+    spelt: list[int | str] = []
+    for grid in grids:
+        known: dict[str, int | str] = {}
+        with suppress(ValueError):
+            known = before.get(Grid.parse(grid).name, {})
+        spelt.append(grid if str(grid) in known else next(iter(known.values()), grid))
+    return spelt
 
 
 def _changes(run: Path, recipe: Recipe) -> list[str]:

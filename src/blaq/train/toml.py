@@ -45,7 +45,8 @@ def read_layers(schema: type, path: Path, shipped: Mapping[str, Path]) -> list[T
             raise ValueError(f"{path.name}: {EXTENDS} goes in a circle: {circle}.")
         seen.append(path.resolve())
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            # Editors of Windows begin a file with a byte-order mark, which TOML does not know.
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"{path.name}: not a readable TOML file: {error}.") from None
         parent = table.pop(EXTENDS, None)

@@ -16,7 +16,7 @@ def judge(group: Group, measure: Measure, budget: Budget, *, several: bool = Fal
     judged = list(zip(group.settings, group.differences(measure.field), strict=True))
     for phrase, verdict in (("ahead of it", "lower"), ("behind it", "higher")):
         found = [
-            f"{setting.name} by {abs(difference.mean):.{measure.digits}f} ± {difference.half_width:.{measure.digits}f}"
+            f"{setting.name} by {difference.show(measure.digits).lstrip('+-')}"
             for setting, difference in judged
             if difference is not None and difference.verdict == verdict
         ]
