@@ -20,6 +20,7 @@ import step_figure
 import torch
 import whole_epoch
 
+from blaq.export import bench
 from blaq.optim import compiled
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from blaq.train.run import evaluate, load_data, train
@@ -34,6 +35,12 @@ RECIPE = Recipe(
 )
 
 FOLDER = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds a pass, and is no part of what is asked here."""
+    monkeypatch.setattr(compiled, "COMPILED_FROM", 2**30)
 
 
 def cells(line: str) -> list[str]:
@@ -63,8 +70,7 @@ def test_the_table_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 SMALL = ["--set", "data.batch_size=4", "--blocks", "2", "--steps", "2", "--every", "2", "--solvers", "exact"]
 
 
-def test_the_table_of_whole_steps_keeps_other_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "COMPILED_FROM", 2**30)  # compiling would take half a minute
+def test_the_table_of_whole_steps_keeps_other_recipes(tmp_path: Path) -> None:
     epoch.main(
         ["mnist-lenet5", *SMALL, "--bits", "1", "2", "--methods", "float", "laq", "blaq", "--out", str(tmp_path)]
     )
@@ -116,14 +122,14 @@ def test_whole_epochs_are_those_of_training() -> None:
     dataset = load_data(recipe.data)
     peer, ours = whole_epoch.AdamW(recipe, dataset), whole_epoch.Probed(recipe, dataset, 2)
     bare = whole_epoch.AdamW(recipe, dataset)
-    for _ in range(2):
-        with whole_epoch._settings(1):
+    with whole_epoch._settings(1):
+        for _ in range(2):
             assert whole_epoch.epoch_of(peer) > 0 and whole_epoch.epoch_of(ours) > 0
-        bare.training_batches.set_epoch(0)
-        for inputs, targets in bare.training_batches:
-            bare.plain.zero_grad()
-            bare.loss(bare.model(inputs), targets).backward()
-            bare.plain.step()
+            bare.training_batches.set_epoch(0)
+            for inputs, targets in bare.training_batches:
+                bare.plain.zero_grad()
+                bare.loss(bare.model(inputs), targets).backward()
+                bare.plain.step()
     assert all(torch.equal(p, q) for p, q in zip(peer.parameters(), bare.parameters(), strict=True))
     steps = 2 * len(ours.training_batches)
     assert (ours.optimizer.param_groups[0]["steps"], ours.optimizer.gradient_evaluations) == (steps, 2 * steps)
@@ -215,6 +221,7 @@ def test_every_format_has_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         train(recipe, tmp_path / name, progress=False)
     formats = {key: export_table.FORMATS[key] for key in ("packed", "compressed-tensors", "onnx exact")}
     monkeypatch.setattr(export_table, "FORMATS", formats)
+    monkeypatch.setattr(bench, "resident_growth", lambda *_: 0)  # in processes of their own; not in these tables
     runs = [str(tmp_path / name) for name in ("plain", "refused")]
     monkeypatch.setattr(sys, "argv", ["export_table.py", *runs, "--rounds", "1", "--out", str(tmp_path / "out")])
     export_table.main()

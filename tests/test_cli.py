@@ -88,6 +88,7 @@ def test_resuming_a_finished_run_shows_its_result(folder: Path) -> None:
     assert again.stdout.splitlines() == ["run is finished.", first.stdout.splitlines()[-1]]
 
 
+@pytest.mark.usefixtures("server")
 def test_compare_and_repeat(folder: Path) -> None:
     command = ("compare", "tiny.toml", "--methods", "laq,blaq", "--seeds", "2", "--workers", "1", "--out", "out")
     compared = blaq(*command)
@@ -97,12 +98,14 @@ def test_compare_and_repeat(folder: Path) -> None:
     }  # fmt: skip
     assert {path.name for path in Path("out/runs").iterdir()} == {"laq-b3-s5", "laq-b3-s6", "blaq-b3-s5", "blaq-b3-s6"}
     assert "Look at test error: laq has" in compared.stdout
+    assert compared.stdout.splitlines().count("data digits from scikit-learn") == 1
     before = Path("out/runs/blaq-b3-s6/metrics.jsonl").stat().st_mtime_ns
     repeated = blaq(*command)
     assert Path("out/runs/blaq-b3-s6/metrics.jsonl").stat().st_mtime_ns == before
     assert repeated.stdout == compared.stdout
 
 
+@pytest.mark.usefixtures("server")
 def test_a_failing_run_leaves_the_others(folder: Path) -> None:
     Path("out/runs/laq-b3-s5").mkdir(parents=True)
     Path("out/runs/laq-b3-s5/notes.txt").touch()
@@ -117,6 +120,7 @@ def test_a_failing_run_leaves_the_others(folder: Path) -> None:
     assert [(row["method"], row["seed"]) for row in rows] == [("laq", 6), ("float", 5), ("float", 6)]
 
 
+@pytest.mark.usefixtures("server")
 def test_a_failure_after_the_last_success_is_written_too(folder: Path) -> None:
     Path("out/runs/laq-b3-s6").mkdir(parents=True)
     Path("out/runs/laq-b3-s6/notes.txt").touch()
@@ -126,12 +130,14 @@ def test_a_failure_after_the_last_success_is_written_too(folder: Path) -> None:
     assert "Failed: laq-b3-s6: train(out='out/runs/laq-b3-s6')" in Path("out/results.md").read_text()
 
 
+@pytest.mark.usefixtures("server")
 def test_ablate_runs_the_grid(folder: Path) -> None:
     train = ("--set", "train.epochs=1", "--seeds", "1")
     ablated = blaq("ablate", "tiny.toml", "--set", "optim.a=0.9:1:0.1", *train)
     assert ablated.exit_code == 0, ablated.output
     assert {path.name for path in Path("runs/tiny-ablate/runs").iterdir()} == {"a0.9-s5", "a1-s5"}
     assert "the lowest validation error has a=" in ablated.stdout
+    assert ablated.stdout.splitlines().count("data digits from scikit-learn") == 1
     assert json.loads(Path("runs/tiny-ablate/comparison.json").read_text())["sets"] == {"optim.a": ["0.9", "1"]}
 
 
@@ -170,6 +176,12 @@ def test_list_names_everything(folder: Path) -> None:
         (("ablate", "tiny.toml", "--set", "optim.a=0.5,1", "--set", "optim.a=0"), "each setting once"),
         (("ablate", "tiny.toml", "--set", "optim.a=0:1:0.3"), "expected a stop that whole steps reach"),
         (("ablate", "tiny.toml", "--set", "optim.aa=0.5,0.7"), "did you mean optim.a?"),
+        (("train", "tiny.toml", "--out", "tiny.toml/a/b"), "train(out='tiny.toml/a/b'): 'tiny.toml' is no folder"),
+        (("compare", "tiny.toml", "--out", "tiny.toml/a"), "compare(out='tiny.toml/a'): 'tiny.toml' is no folder"),
+        (
+            ("ablate", "tiny.toml", "--set", "optim.a=0.5,1", "--out", "tiny.toml/a"),
+            "ablate(out='tiny.toml/a'): 'tiny.toml' is no folder, so nothing can be made below it; choose another with --out.",
+        ),
     ],
 )
 def test_errors_are_one_line_on_standard_error(arguments: tuple[str, ...], message: str, folder: Path) -> None:

@@ -197,12 +197,12 @@ def test_the_numbers_follow_from_the_times(suffix: str, tmp_path: Path, monkeypa
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2048, 4096, bias=False))
-    path = write(model, torch.randn(2, 2048), tmp_path / "model.xml", bits="binary")
+    model = nn.Sequential(nn.Linear(1024, 4096, bias=False))
+    path = write(model, torch.randn(2, 1024), tmp_path / "model.xml", bits="binary")
     twin = write_float32(open_session(path), path, tmp_path)
     packed, float32 = resident_growth(path, 1), resident_growth(twin, 1)
     assert packed is not None and float32 is not None
-    assert float32 - packed > 0.8 * 4 * 2048 * 4096 - 2**21  # the runtime itself takes the same twice
+    assert float32 - packed > 0.8 * 4 * 1024 * 4096 - 2**21  # the runtime itself takes the same twice
 
 
 # --- the command --------------------------------------------------------------------------------------------------------------

@@ -29,12 +29,12 @@ MODELS: list[tuple[str, dict[str, Any], tuple[int, ...], int | None, dict[str, A
      {"unpacked": 2, "matmulnbits2": 2}),
     ("vgg", {"image_size": 8, "channels": (4, 8), "hidden": 16}, (3, 8, 8), None, {"bits": "midrise2"}, "exact",
      {"unpacked": 4, "matmulnbits4": 3}),
-    ("resnet20", {}, (3, 8, 8), None, {"bits": "ternary2"}, "exact", {"unpacked": 20}),
+    ("resnet20", {}, (3, 8, 8), None, {"bits": "ternary2"}, "exact", {"unpacked": 8}),
     ("resnet18", {"classes": 10}, (3, 32, 32), None, {"bits": 2, "granularity": "channel"}, "exact",
-     {"unpacked": 20, "matmulnbits4": 1}),
-    ("char_lstm", {"classes": 9, "hidden": 6}, (5,), 9, {"bits": 3}, "exact", {"unpacked": 2, "matmulnbits4": 1}),
+     {"unpacked": 12, "matmulnbits4": 1}),
+    ("char_lstm", {"classes": 9, "hidden": 6}, (3,), 9, {"bits": 3}, "exact", {"unpacked": 2, "matmulnbits4": 1}),
     ("hf:mobilenet_v2", {"depth_multiplier": 0.35, "classes": 5}, (3, 32, 32), None,
-     {"bits": 4, "granularity": "channel"}, "exact", {"unpacked": 52, "matmulnbits4": 1}),
+     {"bits": 4, "granularity": "channel"}, "exact", {"unpacked": 25, "matmulnbits4": 1}),
     ("hf:efficientnet", {**SMALL, "classes": 5}, (3, 32, 32), None, {"bits": "log4"}, "fast",
      {"unpacked": 36, "matmulnbits8": 1}),
     ("hf:vit", {**VIT, "classes": 5, "image_size": 16, "patch_size": 8}, (3, 16, 16), None,
@@ -61,6 +61,17 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_repetitions(model: nn.Module) -> nn.Module:
+    """One of the residual blocks that keep the shape, and all that change it: more of the same learn nothing but take time."""
+    kept = 0
+    for name, module in list(model.named_modules()):
+        keeps = isinstance(getattr(module, "downsample", None), nn.Identity) or getattr(module, "use_residual", False)
+        kept += keeps
+        if keeps and kept > 1:
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
 def plain_session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
@@ -79,7 +90,7 @@ def test_models(
     name: str, options: Any, shape: Any, vocabulary: Any, scheme: Any, preset: Any, kinds: Any, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model = with_statistics(build_model(name, **options))
+    model = with_statistics(without_repetitions(build_model(name, **options)))
     opt = blaq.LAQ(blaq.param_groups(model, **scheme))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     path = export_onnx(model, opt, examples(2, shape, vocabulary), tmp_path / "model.onnx", preset)
@@ -163,7 +174,7 @@ def test_every_kind_of_layer_several_inputs_and_outputs(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = with_statistics(Zoo())
     opt = blaq.BLAQ(blaq.param_groups(model, "linear4", rules={"embedding": 2, "gru": 1}), trial="none")
-    inputs = torch.randint(0, 12, (2, 6)), torch.randn(2, 8)
+    inputs = torch.randint(0, 12, (2, 3)), torch.randn(2, 8)  # few steps: the exporter first unrolls them
     path = export_onnx(model, opt, inputs, tmp_path / "zoo.onnx")
     session = open_session(path)
     assert [entry["container"] for entry in session.description["weights"].values()].count("matmulnbits4") == 2
@@ -329,7 +340,7 @@ def test_a_recurrent_layer_twice_in_a_process(tmp_path: Path) -> None:
     for _ in range(2):
         model = build_model("char_lstm", classes=5, hidden=3)
         opt = blaq.LAQ(blaq.param_groups(model, 2))
-        path = export_onnx(model, opt, torch.randint(0, 5, (2, 4)), tmp_path / "m.onnx")
+        path = export_onnx(model, opt, torch.randint(0, 5, (2, 3)), tmp_path / "m.onnx")
         assert plain_session(path).run(None, {"tokens": np.zeros((1, 9), np.int64)})[0].shape == (1, 9, 5)
 
 

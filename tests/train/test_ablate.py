@@ -137,6 +137,7 @@ def test_a_target_is_a_loss(target: float, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("server")
 def test_the_grid_is_run_and_written(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     sets = {"optim.a": ["0.3", "1"], "optim.bits": ["1", "log3"]}

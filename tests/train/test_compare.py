@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typing_extensions import override
 
+from blaq.train.ablate import ablate
 from blaq.train.compare import Comparison, Design, compare
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
 from blaq.train.run import Result
 from blaq.train.summary import Measure
-from blaq.train.sweep import Outcome, Run, Sweeper
+from blaq.train.sweep import Job, Outcome, Run, Sweeper
 from blaq.train.tables import EXPLANATION, cost_columns, quality_columns, rich_tables
 
 RECIPE = Recipe(
@@ -214,6 +216,7 @@ def made(design: Design, out: Path, recipe: Recipe = RECIPE) -> tuple[Comparison
         return found, list(csv.DictReader(file)), console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("server")
 def test_runs_are_written_and_tabulated(tmp_path: Path) -> None:
     design = Design(methods=["float", "laq", "blaq"], bits=[1, "ternary2"], seeds=[3, 4], budget="gradients")
     found, rows, printed = made(design, tmp_path)
@@ -263,6 +266,7 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
+@pytest.mark.usefixtures("server")
 def test_runs_are_not_given_other_epochs(tmp_path: Path) -> None:
     recipe, quiet = RECIPE.with_(["train.epochs=2"]), Sweeper(console=Console(quiet=True))
     made(Design(methods=["laq", "past"], seeds=[0], budget="gradients"), tmp_path, recipe)
@@ -274,6 +278,7 @@ def test_runs_are_not_given_other_epochs(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.usefixtures("server")
 def test_runs_are_not_given_other_learning_rates(tmp_path: Path) -> None:
     made(Design(methods=["laq"], seeds=[0], rates=[1e-5]), tmp_path)
     before = files_of(tmp_path)
@@ -285,6 +290,45 @@ def test_runs_are_not_given_other_learning_rates(tmp_path: Path) -> None:
     found, rows, _ = made(Design(methods=["laq"], seeds=[0, 1], rates=[1e-5, 1e-6]), tmp_path)
     assert not found.failures
     assert len(rows) == 2
+
+
+class Planned(Sweeper):
+    """Lays the recipes of the runs down and makes none."""
+
+    @override
+    def run(self, jobs: Sequence[Job], folder: Path, **_: Any) -> Outcome:
+        for job in jobs:
+            (folder / job.name).mkdir(parents=True, exist_ok=True)
+            (folder / job.name / "recipe.toml").write_text(job.recipe.to_toml())
+        return Outcome((), {})
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "names"),
+    [
+        ([1, "linear3"], ["binary", 3], ["laq-b1-s0", "laq-blinear3-s0"]),
+        (["binary"], [1], ["laq-bbinary-s0"]),
+        (["ternary"], [1], ["laq-b1-s0", "laq-bternary-s0"]),
+        (["binary"], [], ["laq-bbinary-s0"]),  # the recipe's, which is 1
+    ],
+)
+def test_a_grid_keeps_the_name_that_its_runs_have(
+    first: list[int | str], then: list[int | str], names: list[str], tmp_path: Path
+) -> None:
+    planned = Planned(console=Console(quiet=True))
+    for bits in (first, then, first):
+        found = compare(RECIPE, Design(methods=["laq", "float"], seeds=[0], bits=bits), tmp_path, planned)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(["float-s0", *names])
+    assert list(found.design.bits) == first
+    assert json.loads((tmp_path / "comparison.json").read_text())["bits"] == first
+
+
+def test_an_ablation_keeps_the_names_of_its_grids(tmp_path: Path) -> None:
+    planned = Planned(console=Console(quiet=True))
+    for values in (["1", "linear3"], ["binary", "3", "4"]):
+        ablate(RECIPE, {"optim.bits": values}, [0], tmp_path, planned)
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["bits1-s0", "bits4-s0", "bitslinear3-s0"]
 
 
 def test_brackets_and_colons_of_a_title_are_printed_as_they_are() -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -26,11 +25,11 @@ from blaq.tasks.losses import squared_hinge
 from blaq.train import journal
 from blaq.train import run as run_module
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig, load_recipe
-from blaq.train.directory import RunDirectory
+from blaq.train.directory import Checkpoint, RunDirectory
 from blaq.train.display import Display
 from blaq.train.module import TaskModule
 from blaq.train.restore import restore
-from blaq.train.run import _settings, _trainer, evaluate, load_data, train
+from blaq.train.run import Result, _settings, _trainer, evaluate, load_data, train
 
 STEPS = 6  # an epoch: 300 examples, 50 a batch
 SETTINGS = {
@@ -178,15 +177,17 @@ def test_the_first_epoch_of_the_lowest_validation_error_is_tested(tmp_path: Path
     assert checkpoint(tmp_path / "run", "last")["epoch"] == 9
 
 
-@pytest.mark.parametrize("name", ["best", "last"])
 @pytest.mark.parametrize("method", ["laq", "past"])
-def test_reported_errors_are_those_of_the_checkpoints(method: str, name: str, tmp_path: Path) -> None:
+def test_reported_errors_are_those_of_the_checkpoints(method: str, tmp_path: Path) -> None:
     recipe = RECIPE.with_(SETTINGS[method])
     result = train(recipe, tmp_path / "run", progress=False)
-    data = load_data(recipe.data)
-    weights = {
-        key.removeprefix("model."): value for key, value in checkpoint(tmp_path / "run", name)["state_dict"].items()
-    }
+    for name in ("best", "last"):
+        assert_reported(result, tmp_path / "run", name)
+
+
+def assert_reported(result: Result, run: Path, name: Checkpoint) -> None:
+    data = load_data(RECIPE.data)
+    weights = {key.removeprefix("model."): value for key, value in checkpoint(run, name)["state_dict"].items()}
     values = (data.test.inputs - data.mean.view(-1, 1, 1)) / data.std.view(-1, 1, 1)
     for layer in ("1", "2"):
         values = nn.functional.linear(values.flatten(1), weights[f"fc{layer}.weight"])
@@ -195,13 +196,13 @@ def test_reported_errors_are_those_of_the_checkpoints(method: str, name: str, tm
         values = centred * scale + weights[f"bn{layer}.bias"]
         logits, values = values, values.relu()
     error = 100 * (logits.argmax(1) != data.test.targets).float().mean().item()
-    measured = evaluate(tmp_path / "run", checkpoint=name)  # type: ignore[arg-type]
+    measured = evaluate(run, checkpoint=name)
     assert measured.error == pytest.approx(error, abs=1e-4)
     assert measured.loss == pytest.approx(squared_hinge(logits, data.test.targets).item(), rel=1e-5)
     told = (result.test_error, result.test_loss) if name == "best" else (result.test_error_last, result.test_loss_last)
     assert (measured.error, measured.loss) == told
-    held = evaluate(tmp_path / "run", checkpoint=name, split="validation")  # type: ignore[arg-type]
-    row = rows(tmp_path / "run")[result.best_epoch - 1 if name == "best" else -1]
+    held = evaluate(run, checkpoint=name, split="validation")
+    row = rows(run)[result.best_epoch - 1 if name == "best" else -1]
     assert (held.error, held.loss) == (row["validation_error"], row["validation_loss"])
 
 
@@ -235,17 +236,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {method: folder / method for method in SETTINGS}
 
 
-@pytest.mark.parametrize("steps", [3, STEPS, STEPS + 1, 3 * STEPS + 4])
+@pytest.mark.parametrize("stops", [(3, STEPS + 1), (STEPS, 3 * STEPS + 4)])  # one before a checkpoint, one after
 @pytest.mark.parametrize("method", SETTINGS)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    method: str, steps: int, uninterrupted: dict[str, Path], tmp_path: Path
+    method: str, stops: tuple[int, int], uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe = RECIPE.with_(SETTINGS[method])
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path / "resumed", display=Interruption(steps))
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert not (tmp_path / "resumed" / "result.json").exists()
+    for steps in stops:
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "resumed", display=Interruption(steps), resume=True)
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert not (tmp_path / "resumed" / "result.json").exists()
     train(recipe, tmp_path / "resumed", resume=True, progress=False)
     assert_same_run(uninterrupted[method], tmp_path / "resumed")
 
@@ -356,31 +358,52 @@ def test_other_data_are_said(tmp_path: Path) -> None:
     evaluate(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "what"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")]
-)
-def test_a_stopped_process_can_be_resumed(number: signal.Signals, status: int, what: str, tmp_path: Path) -> None:
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+import blaq.train.run  # seconds: once for both
+from blaq.__main__ import main
+
+# Set by hand, for a process started in the background inherits an ignored signal.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+recipe, folder = sys.argv[1], Path(sys.argv[2])
+for number in (signal.SIGINT, signal.SIGTERM):
+    run = folder / f"a run, {number.name}"
+    process = os.fork()
+    if process == 0:
+        for stream, name in ((1, "output"), (2, "errors")):
+            os.dup2(os.open(folder / f"{number.name}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv = ["blaq", "train", recipe, "--out", str(run)]
+        sys.exit(main())
+    ended = 0
+    while not ended and not (run / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+        ended, status = os.waitpid(process, os.WNOHANG)
+    if not ended:
+        os.kill(process, number)
+        _, status = os.waitpid(process, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+def test_a_stopped_process_can_be_resumed(tmp_path: Path) -> None:
     recipe = RECIPE.with_([*SETTINGS["past"], "train.epochs=40"])
     (tmp_path / "tiny.toml").write_text(recipe.to_toml())
-    run = tmp_path / "a run"
-    # Set by hand, for a process started in the background inherits an ignored signal.
-    handler = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    program = f"{handler}; from blaq.__main__ import main; main()"
     # torch 2.6 leaves a temporary directory of its own to the end of the process.
     strict = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
-    command = [sys.executable, *strict, "-c", program, "train", str(tmp_path / "tiny.toml"), "--out", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (run / "checkpoints" / "last.ckpt").exists():
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert errors == f"{what}. Continue with: blaq train '{run}/recipe.toml' --out '{run}' --resume\n"
-    assert "epoch  1/40" in output
-    assert 1 <= len(rows(run)) < 40
-    train(load_recipe(run / "recipe.toml"), run, resume=True, progress=False)
+    command = [sys.executable, *strict, "-c", STOPPED, str(tmp_path / "tiny.toml"), str(tmp_path)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # of numpy's: a process that has several must not fork
+    stopped = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=300, check=False)
+    assert (stopped.stdout.split(), stopped.stderr) == (["130", "143"], "")
     train(recipe, tmp_path / "straight", progress=False)
-    assert_same_run(tmp_path / "straight", run)
+    for name, what in (("SIGINT", "Interrupted"), ("SIGTERM", "Terminated")):
+        run = tmp_path / f"a run, {name}"
+        errors = (tmp_path / f"{name}.errors").read_text()
+        assert errors == f"{what}. Continue with: blaq train '{run}/recipe.toml' --out '{run}' --resume\n"
+        assert "epoch  1/40" in (tmp_path / f"{name}.output").read_text()
+        assert 1 <= len(rows(run)) < 40
+        train(load_recipe(run / "recipe.toml"), run, resume=True, progress=False)
+        assert_same_run(tmp_path / "straight", run)
 
 
 # Refusals

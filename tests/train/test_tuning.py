@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from blaq.train.compare import Design, compare
@@ -78,6 +79,7 @@ def test_a_choice_at_the_edge_is_told() -> None:
     assert choose(["laq"], [0.1], 1, found, {}, by_loss=False).at_the_edge() == []
 
 
+@pytest.mark.usefixtures("server")
 def test_each_method_is_run_with_its_own_rate(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     rates = [0.00001, 0.01]
