@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import RunDirectory, read_rows
+from blaq.train.directory import RunDirectory
+from blaq.train.files import read_rows
 from blaq.train.run import Result, read_result
 from blaq.train.sweep import Run
 from blaq.train.toml import to_tree

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from blaq.train.config import DataConfig, ModelConfig, OptimConfig, Recipe, TrainConfig
-from blaq.train.directory import RunDirectory, write_atomically
+from blaq.train.directory import RunDirectory
+from blaq.train.files import write_atomically
 
 RECIPE = Recipe(
     name="tiny",

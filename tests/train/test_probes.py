@@ -24,8 +24,9 @@ from blaq.train.config import (
     TrainConfig,
     load_recipe,
 )
-from blaq.train.directory import RunDirectory, read_rows, write_rows
+from blaq.train.directory import RunDirectory
 from blaq.train.display import Display
+from blaq.train.files import read_rows, write_rows
 from blaq.train.run import train
 from blaq.zigzag import Measures
 

@@ -26,7 +26,7 @@ def bench(
 ) -> None:
     """Measure an exported file against the same model in float32 in the same runtime: speed, size, memory."""
     from blaq.export.bench import bench as measure
-    from blaq.train.directory import write_atomically
+    from blaq.train.files import write_atomically
 
     try:
         sizes = [int(text) for text in batches.split(",")]

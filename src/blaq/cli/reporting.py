@@ -25,7 +25,7 @@ def report(
     from blaq.report.page import build, write_page
     from blaq.report.read import read_runs, read_sweeps
     from blaq.report.static import write_figures
-    from blaq.train.directory import refuse_below_a_file
+    from blaq.train.files import refuse_below_a_file
 
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise ValueError(f"report(out={str(out)!r}): expected the name of an HTML file, such as report.html.")

@@ -21,7 +21,7 @@ from blaq.report.tables import Table, costs, layer_table, run_table, version_tab
 from blaq.report.verdict import headline, verdict
 from blaq.report.weights import layer_zigzag, trajectories
 from blaq.report.words import Statement
-from blaq.train.directory import write_atomically
+from blaq.train.files import write_atomically
 
 HOW_TO_PROBE = f"No run here was probed. Repeat with `{PROBE}`, as in `blaq compare RECIPE {PROBE}`."
 HOW_TO_ABLATE = (

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import RunDirectory, comparison_file, damaged, open_run, read_json, read_rows
+from blaq.train.directory import RunDirectory, comparison_file, open_run
+from blaq.train.files import damaged, read_json, read_rows
 
 Column = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from blaq.optim.blaq import BLAQ
 from blaq.train.config import ProbeConfig
-from blaq.train.directory import RunDirectory, append_rows, read_rows, write_rows
+from blaq.train.directory import RunDirectory
+from blaq.train.files import append_rows, read_rows, write_rows
 from blaq.train.module import TaskModule
 from blaq.zigzag import ZigZag
 

@@ -21,8 +21,9 @@ from blaq.tasks.data import Dataset, load_dataset
 from blaq.train import probes
 from blaq.train.allocator import keep_freed_memory
 from blaq.train.config import DataConfig, Recipe
-from blaq.train.directory import Checkpoint, RunDirectory, open_run, read_json, write_atomically
+from blaq.train.directory import Checkpoint, RunDirectory, open_run
 from blaq.train.display import Display
+from blaq.train.files import read_json, write_atomically
 from blaq.train.interrupts import Interrupts
 from blaq.train.journal import Journal
 from blaq.train.module import TaskModule, build_groups

@@ -14,18 +14,10 @@ from blaq.grids import Grid
 from blaq.tasks.data import find_dataset
 from blaq.train.board import Board
 from blaq.train.config import Recipe, load_recipe
-from blaq.train.directory import (
-    RunDirectory,
-    comparison_file,
-    differences,
-    names_in,
-    open_run,
-    read_json,
-    refuse_below_a_file,
-    write_atomically,
-)
+from blaq.train.directory import RunDirectory, comparison_file, differences, names_in, open_run
 from blaq.train.display import Display
 from blaq.train.executors import ExecutorName, Handle, cores, open_executor
+from blaq.train.files import read_json, refuse_below_a_file, write_atomically
 from blaq.train.interrupts import terminable
 from blaq.train.run import Result, read_result
 

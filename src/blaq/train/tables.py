@@ -13,7 +13,7 @@ from rich.text import Text
 
 from blaq.optim.plan import size
 from blaq.train.config import Recipe
-from blaq.train.directory import write_atomically
+from blaq.train.files import write_atomically
 from blaq.train.grid import short_names
 from blaq.train.summary import COSTS, Group, Measure, Setting, rows_of
 from blaq.train.sweep import Outcome
