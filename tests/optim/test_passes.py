@@ -349,21 +349,15 @@ def test_vectors_whose_gradients_lie_otherwise(gradient: Tensor, count: int, gri
     assert not torch.equal(found[0][0], torch.linspace(-0.5, 1, 6))
 
 
-@pytest.mark.parametrize(
-    ("grid", "compile"),
-    [
-        *((grid, False) for grid in ("log5", "log7", "log8", "linear8", "midrise8")),
-        *((grid, True) for grid in ("log7", "log8", "linear8")),  # doubled levels, in float64 too, and even ones
-    ],
-)
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("grid", ["log5", "log7", "log8", "linear8", "midrise8"])
 def test_the_finest_grids_follow_in_float32_as_in_float64(grid: str, compile: bool) -> None:
     """Scales of log8 are 2^126 times smaller than the weights: 1 over them is not finite in float32."""
     errors = []
     for dtype in (torch.float32, torch.float64):
         generator = torch.Generator().manual_seed(0)
         p = nn.Parameter((torch.rand(64, 256, generator=generator) - 0.5).to(dtype) / 8)
-        fast = compile and dtype == torch.float32  # the other is what it is held against
-        opt = blaq.LAQ([{"params": [p], "grid": grid}], lr=1e-5, compile=fast)
+        opt = blaq.LAQ([{"params": [p], "grid": grid}], lr=1e-5, compile=compile)
         for _ in range(4):
             p.grad = torch.randn(64, 256, generator=generator).to(dtype)
             opt.step()

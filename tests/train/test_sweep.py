@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,29 @@ def test_interrupted_runs_stop_and_end_as_if_they_had_not(tmp_path: Path) -> Non
     assert "csv/version_1" in {str(path.relative_to(folder / "s1")) for path in (folder / "s1").rglob("version_1")}
     train(jobs[0].recipe, tmp_path / "uninterrupted", progress=False)
     assert_same(folder / "s1", tmp_path / "uninterrupted")
+
+
+def test_runs_end_with_the_command_even_if_it_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(RECIPE.to_toml())
+    command = [sys.executable, "-m", "blaq", "compare", "tiny.toml", "--methods", "laq", "--seeds", "1", "--out", "out"]
+    run = RunDirectory(tmp_path / "out/runs/laq-b1-s0")
+    process = subprocess.Popen(
+        [*command, "--set", f"train.epochs={LONG}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(blaq.__file__).parents[1])},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not run.metrics():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    with FileLock(run.path / ".lock", timeout=60):
+        assert not run.finished
 
 
 def test_a_process_that_is_killed_is_a_failure_of_its_run_alone(

@@ -97,8 +97,9 @@ def find_dataset(source: str, *, text: bool = False) -> tuple[str, str]:
     Raises:
         ValueError: there is no such source.
 
-    >>> find_dataset("digits")
-    ('digits', 'scikit-learn')
+    Example:
+        >>> find_dataset("digits")
+        ('digits', 'scikit-learn')
     """
     if source == "digits":
         return source, "scikit-learn"
