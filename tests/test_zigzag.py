@@ -19,7 +19,7 @@ import blaq
 from blaq.grids import GRIDS, Grid
 from blaq.optim import compiled
 from blaq.zigzag import Measures, ZigZag, cosines, gradient_error
-from blaq.zigzag.codes import codes_held, look_fast
+from blaq.zigzag.codes import direction, look_fast, seen
 from blaq.zigzag.products import moved, products
 
 TRIALS = ["none", "fresh", "past", "delayed"]
@@ -419,9 +419,9 @@ def test_codes_are_those_of_the_optimizer(grid: str, granularity: Any, dtype: to
     p = nn.Parameter(weight)
     opt = blaq.LAQ([{"params": [p], "grid": grid, "granularity": granularity}])
     zigzag = ZigZag(opt)
-    codes, expected = zigzag.state_dict()["layers"][0]["codes"], opt.codes(p)
-    assert codes.dtype == torch.uint8
-    assert codes.equal(expected)
+    codes, expected = zigzag.state_dict()["layers"][0]["seen"], opt.codes(p)
+    assert codes.dtype == torch.float16
+    assert codes.equal(expected.half())
 
 
 # --- looking changes nothing ------------------------------------------------------------------------------------------
@@ -859,15 +859,32 @@ def test_a_look_in_blocks_sees_the_same(name: str, rows: int, columns: int) -> N
     torch.manual_seed(0)
     grid = Grid.parse(name)
     first, then = (blaq.project(torch.randn(rows, columns), None, grid, "channel") for _ in range(2))
-    direction = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
+    before = torch.randint(-1, 2, (rows, columns)).half()
     rates = torch.tensor([0.9, 0.1])
-    whole = (first.codes.clone(), direction.clone(), torch.zeros(rows, columns))
-    changed = look_fast(then.values, then.scale, *whole[:2], [whole[2], rates], grid, None)
+    remembered, frequency = first.codes + before / 4, torch.zeros(rows, columns)
+    changed = look_fast(then.values, then.scale, remembered, [frequency, rates], grid, None)
     assert int(changed) == int((first.codes != then.codes).sum())
-    assert torch.equal(whole[0], then.codes)
-    step = torch.sign(then.codes.float() - first.codes.float())
-    assert torch.equal(whole[1], torch.where(step == 0, direction, step.to(torch.int8)))
-    assert torch.equal(whole[2], torch.where(step * direction < 0, 0.1, 0.0))
+    step = torch.sign(then.codes.half() - first.codes.half())
+    now = torch.where(step == 0, before, step)
+    assert torch.equal(remembered, then.codes + now / 4)
+    assert torch.equal(direction(remembered), now / 4)
+    assert torch.equal(frequency, torch.where(step * before < 0, 0.1, 0.0))
+
+
+@pytest.mark.parametrize("last", [0, 1, 127, 254, 255])
+def test_every_pair_of_codes_is_told_apart(last: int) -> None:
+    """From a code to any, after any direction: as integers tell it."""
+    grid = Grid.parse("midrise8")
+    codes = torch.arange(len(grid.levels))
+    for before in (-1, 0, 1):
+        remembered = torch.full((1, len(codes)), last + before / 4, dtype=torch.float16)
+        frequency = torch.zeros(1, len(codes))
+        values = grid.levels[codes].view(1, -1).float()
+        changed = look_fast(values, torch.ones(1, 1), remembered, [frequency, torch.tensor([0.9, 0.1])], grid, None)
+        step = torch.sign(codes - last)
+        assert int(changed) == len(codes) - 1
+        assert torch.equal(remembered[0].double(), codes + torch.where(step == 0, before, step) / 4.0)
+        assert torch.equal(frequency[0], torch.where(step * before < 0, 0.1, 0.0))
 
 
 @pytest.mark.parametrize(("rows", "counts"), [(1, False), (3, True)])
@@ -879,25 +896,25 @@ def test_a_compiled_look_sees_the_same(name: str, rows: int, counts: bool) -> No
     weights = [torch.randn(rows, 1037) for _ in range(4)]
     weights[2][0] = 0
     rates = torch.tensor([0.9, 0.1])
-    seen: list[list[Tensor]] = []
+    looks: list[list[Tensor]] = []
     for fast in (False, True):
         first = blaq.project(weights[0], None, grid, "channel")
-        codes, direction = codes_held(first.values, first.scale, grid), torch.zeros(rows, 1037, dtype=torch.int8)
-        assert torch.equal(codes, first.codes)
+        remembered = seen(first.values, first.scale, grid)
+        assert torch.equal(remembered, first.codes.half())
         counting = [torch.zeros(rows, 1037), rates] if counts else []
         found = []
         for w in weights[1:]:
             q = blaq.project(w, None, grid, "channel")
             found += [
-                look_fast(q.values, q.scale, codes, direction, counting, grid, compiled.Codes() if fast else None),
-                codes.clone(),
+                look_fast(q.values, q.scale, remembered, counting, grid, compiled.Codes() if fast else None),
+                remembered.clone(),
+                *(t.clone() for t in counting),
             ]
-            found += [direction.clone(), *(t.clone() for t in counting)]
-        seen.append(found)
-    plain, fast_ones = seen
+        looks.append(found)
+    plain, fast_ones = looks
     assert_identical(fast_ones, plain)
     codes_then, codes_now = plain[1], plain[1 + len(plain) // 3]
-    assert int(plain[len(plain) // 3]) == int((codes_then != codes_now).sum()) > 0
+    assert int(plain[len(plain) // 3]) == int(((codes_then + 0.5).floor() != (codes_now + 0.5).floor()).sum()) > 0
 
 
 def test_weights_without_rows_are_probed() -> None:

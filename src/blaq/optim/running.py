@@ -7,7 +7,7 @@ in the processor's caches, its own instructions neither, and a call takes severa
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Pass:
         self._columns = like.numel() // max(rows, 1)
         self._codes = None if self._empty else codes
         self._nowhere = like.new_empty(rows, 0) if how.grid.has_closed_form else None
-        self._ones = _ones(self._pieces, like.dtype, like.device) if self._pieces <= _FEW else None
+        self._whole = self._empty or _piece(self._columns) is None
 
     def __call__(
         self,
@@ -66,15 +66,20 @@ class Pass:
         how = self._how
         metric: tuple[Tensor, ...] = () if how.follows else (room(),)
         at = self._looks(scale, aside) if self._nowhere is None else self._nowhere
-        ones = at.new_ones(self._pieces, 1, dtype=self._dtype) if self._ones is None else self._ones
-        absent = rates[0].decay is None, rates[0].clip is None
+        told = _numbers(rates, self._dtype, self._device) if self._whole else self._a_piece(rates)
         found: Tensor | None = compiled.call(
-            _with_numbers(self._function, how, len(rates), absent, _piece(self._columns) is None),
-            (*tensors, *metric, at, scale, ones, _numbers(rates, self._dtype, self._device)),
+            _with_numbers(self._function, how, len(rates), _Fixed.of(rates[0]), self._whole),
+            (*tensors, *metric, at, scale, told),
             lambda: self._plain(tensors, scale, rates, aside, room),
             known=self._codes,
         )
         return metric[0] if found is None else found
+
+    def _a_piece(self, rates: tuple[Rates, ...]) -> Tensor:
+        """The numbers once a piece, (pieces, numbers)."""
+        if self._pieces <= _FEW:
+            return _repeated(rates, self._pieces, self._dtype, self._device)
+        return _numbers(rates, self._dtype, self._device).repeat(self._pieces, 1)
 
     def _looks(self, scale: Tensor, aside: float) -> Tensor:
         """Where to look, a piece: of many rows compiled too, else it takes a fifth of the time of the pass."""
@@ -144,7 +149,7 @@ def run_float(
         plain()
         return
     given = (*tensors, _numbers(rates, like.dtype, like.device))
-    compiled.call(_float_with_numbers(function, len(rates), rates[0].decay is None), given, plain, known=codes)
+    compiled.call(_float_with_numbers(function, len(rates), _Fixed.of(rates[0])), given, plain, known=codes)
     increment_version(like)  # see `run_write`
 
 
@@ -189,21 +194,43 @@ def _piece(columns: int) -> int | None:
 # --- what compiled code is told ---------------------------------------------------------------------------------------------
 
 
+class _Fixed(NamedTuple):
+    """What code is compiled for, of the `Rates` of every step: which numbers there are, and the last field, which is none."""
+
+    no_decay: bool
+    no_clip: bool
+    near: bool
+
+    @staticmethod
+    def of(rates: Rates) -> "_Fixed":
+        return _Fixed(rates.decay is None, rates.clip is None, rates.near)
+
+    def rates(self, numbers: Iterable[Tensor], steps: int) -> list[Rates]:
+        """Those of some steps, from their `_numbers`."""
+        values = iter(numbers)
+        absent = {"decay": self.no_decay, "clip": self.no_clip}
+        fields = Rates._fields[:-1]
+        return [
+            Rates(**{name: None if absent.get(name) else next(values) for name in fields}, near=self.near)  # type: ignore[arg-type]
+            for _ in range(steps)
+        ]
+
+
 @functools.lru_cache(maxsize=8)
 def _numbers(rates: tuple[Rates, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers of a step, which many passes of it share."""
-    given = [number for r in rates for number in r if number is not None]
+    given = [number for r in rates for number in r[:-1] if number is not None]
     return torch.tensor(given, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _repeated(rates: tuple[Rates, ...], pieces: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _numbers(rates, dtype, device).repeat(pieces, 1)
 
 
 @functools.lru_cache(maxsize=8)
 def _number(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor([number], dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(count, 1, dtype=dtype, device=device)
 
 
 @functools.cache
@@ -217,32 +244,32 @@ def _with_grid(function: Callable[..., Any], grid: Grid, at: int) -> Callable[..
 
 
 @functools.cache
-def _float_with_numbers(function: Callable[..., Any], steps: int, no_decay: bool) -> Callable[..., Any]:
+def _float_with_numbers(function: Callable[..., Any], steps: int, fixed: _Fixed) -> Callable[..., Any]:
     """`_with_numbers` of an update without a grid."""
 
     def float_with_numbers(*arguments: Tensor) -> None:
         *tensors, numbers = arguments
-        function(*tensors, *_rates(numbers.unbind(), steps, (no_decay, True)))
+        function(*tensors, *fixed.rates(numbers.unbind(), steps))
 
     return compiled.own_code(float_with_numbers)
 
 
 @functools.cache
 def _with_numbers(
-    function: Callable[..., Any], how: How, steps: int, absent: tuple[bool, bool], whole: bool
+    function: Callable[..., Any], how: How, steps: int, fixed: _Fixed, whole: bool
 ) -> Callable[..., Any]:
-    """The pass with its numbers, those of one step or two, in one tensor, the last argument; decay or clip may be absent.
+    """The pass with its numbers, those of one step or two, in one tensor, the last argument.
 
-    `whole`: rows are not in pieces.
+    `whole`: rows are not in pieces, and the numbers are told once. Else they are told once a piece: the compiler would see one
+    flat loop in the update and one over pieces in the sums, which it does not join, and compute every entry twice, or store it
+    between.
     """
 
     def with_numbers(*arguments: Tensor) -> Any:
-        *tensors, at, scale, ones, numbers = arguments
+        *tensors, at, scale, told = arguments
         metric = None if how.follows else tensors.pop()
-        # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
-        # not join, and computes every entry twice, or stores it between.
-        told = numbers.unbind() if whole else [number * ones for number in numbers.unbind()]
-        found = function(*tensors, at, *_rates(told, steps, absent), how)
+        numbers = told.unbind() if whole else told.split(1, 1)
+        found = function(*tensors, at, *fixed.rates(numbers, steps), how)
         if isinstance(found, Tensor):
             assert metric is not None
             metric.copy_(found)
@@ -250,10 +277,3 @@ def _with_numbers(
         return passes.joined(tuple(t.view(len(scale), -1, how.grid.scales) for t in found), how)
 
     return compiled.own_code(with_numbers)
-
-
-def _rates(numbers: Iterable[Tensor], steps: int, absent: tuple[bool, bool]) -> list[Rates]:
-    """Those of some steps, from their `_numbers`."""
-    values = iter(numbers)
-    missing = *[False] * (len(Rates._fields) - len(absent)), *absent  # the last two fields
-    return [Rates(*[None if gone else next(values) for gone in missing]) for _ in range(steps)]  # type: ignore[arg-type]

@@ -38,6 +38,8 @@ class Rates(NamedTuple):
     """1 - lr weight_decay; None without weight decay."""
     clip: Number | None
     """Bound of the latent weights; None without, and for parameters without a grid."""
+    near: bool
+    """Whether beta1 > 1/2: torch's `lerp` counts from the end that is nearer."""
 
     @staticmethod
     def of(group: Group, t: int) -> "Rates":
@@ -62,13 +64,14 @@ def _rates(
         a=a,
         decay=1 - lr * weight_decay if weight_decay != 0 else None,
         clip=clip,
+        near=1 - beta1 < 0.5,
     )
 
 
 def advance(m: Tensor, v: Tensor, g: Tensor, r: Rates) -> None:
     """Advance both moments with a gradient, of any dtype, in place."""
     g = g.to(m.dtype)
-    m.lerp_(g, r.follow1)
+    _follow(m, g, r)
     _add_product(v.mul_(r.beta2), g, g, r.follow2)
 
 
@@ -114,10 +117,20 @@ def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Ra
     v_trial = _add_product(v * r.beta2, g_trial, g_trial, r.follow2)
     _add_product(v.mul_(r.beta2), g, g, r.follow2)
     d = _metric(_blend(v_trial.sqrt(), v.sqrt(), r.a), r)
-    m.lerp_(_blend(g_trial.clone(), g, r.a), r.follow1)
+    _follow(m, _blend(g_trial.clone(), g, r.a), r)
     v.copy_(_blend(v_trial, v, r.a))
     descend(w, m, d, r)
     return d
+
+
+def _follow(m: Tensor, g: Tensor, r: Rates) -> None:
+    """m <- m + (1 - beta1) (g - m), in place; as torch's Adam, which decides for every entry of a tensor on which end is near."""
+    if not isinstance(r.follow1, Tensor):
+        m.lerp_(g, r.follow1)
+    elif r.near:
+        m.add_((g - m) * r.follow1)
+    else:
+        m.copy_(g - (g - m) * (1 - r.follow1))
 
 
 def _metric(root: Tensor, r: Rates) -> Tensor:

@@ -11,7 +11,7 @@ from blaq.optim.blaq import BLAQ
 from blaq.optim.compiled import Codes, surroundings
 from blaq.optim.options import parameter_name
 from blaq.projection import widen
-from blaq.zigzag.codes import codes_held, look_fast
+from blaq.zigzag.codes import direction, look_fast, seen
 from blaq.zigzag.measures import TOTAL, Measures, gradient_error
 from blaq.zigzag.products import Products, moved, norms, products, with_total
 
@@ -19,7 +19,7 @@ RATE = 0.01  # of the oscillation frequency's average, a step
 
 _Mean = Literal["gradient_cosine", "zigzag_rate", "flip_rate", "gradient_error", "trial_agreement"]
 _MEANS: tuple[_Mean, ...] = ("gradient_cosine", "zigzag_rate", "flip_rate", "gradient_error", "trial_agreement")
-_OF_LAYER = ("origin", "codes", "direction", "frequency")
+_OF_LAYER = ("origin", "seen", "frequency")
 _OF_ALL = ("kept", "gradients", "last_start", "measured", "last_probe", "probes", "path", "sums", "counts")
 
 
@@ -30,13 +30,11 @@ class _Layer:
         self.opt, self.name, self.p = opt, name, p
         self.grid = grid
         self.origin = widen(self.latent).clone()  # w_0
-        self.codes: Tensor | None = None  # uint8
-        self.direction: Tensor | None = None  # int8: of the last change of a code
+        self.seen: Tensor | None = None  # float16: codes, and in which direction they changed last
         self.frequency: Tensor | None = None  # float32
         if grid is not None:
-            self.look_away()
-            self.direction = torch.zeros_like(p, dtype=torch.int8, memory_format=torch.contiguous_format)
-            self.frequency = torch.zeros_like(self.direction, dtype=torch.float32)
+            self.seen = seen(*self._held(), grid).view(p.shape)
+            self.frequency = torch.zeros_like(self.seen, dtype=torch.float32)
         self._compiled: tuple[tuple[object, ...], list[Codes]] = ((), [])
 
     def compiled(self, *, counting: bool = False) -> Codes | None:
@@ -65,16 +63,16 @@ class _Layer:
 
     def look_away(self) -> None:
         """Take the codes as they are, and count no change."""
-        if self.grid is not None:
-            self.codes = codes_held(*self._held(), self.grid).view(self.p.shape)
+        if self.grid is not None and self.seen is not None:
+            self.seen = seen(*self._held(), self.grid).view(self.p.shape) + direction(self.seen)
 
     def look(self, rates: Tensor | None) -> Tensor:
         """Look at the codes: how many have changed since the last look. With rates, those that changed back are counted."""
-        assert self.grid is not None and self.codes is not None and self.direction is not None
+        assert self.grid is not None and self.seen is not None
         values, scale = self._held()
-        codes, direction = self.codes.view(values.shape), self.direction.view(values.shape)
         counting = [] if rates is None or self.frequency is None else [self.frequency.view(values.shape), rates]
-        return look_fast(values, scale, codes, direction, counting, self.grid, self.compiled(counting=bool(counting)))
+        known = self.compiled(counting=bool(counting))
+        return look_fast(values, scale, self.seen.view(values.shape), counting, self.grid, known)
 
 
 class ZigZag:
@@ -85,7 +83,7 @@ class ZigZag:
     looks at the steps t - 1 and t. Codes are those that the parameters hold while training: with ``trial="past"`` of the
     trial point. There, and with "delayed", trial agreement is the gradient cosine: the previous gradient stands in for g_t.
 
-    Memory: 10 bytes a probed weight (float32 w_0 and frequency, uint8 code, int8 direction); around a probe, and always
+    Memory: 10 bytes a probed weight (float32 w_0 and frequency, float16 code and direction); around a probe, and always
     with ``every=1``, 12 more (w_t, w_{t-1}, g_{t-1}).
 
     Args:
@@ -162,16 +160,18 @@ class ZigZag:
 
     # --- what the optimizer calls -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def before_update(self, first: Mapping[Tensor, Tensor] | None) -> None:
         """See `blaq.optim.observer.StepObserver`."""
         t = self._steps + 1
-        probed, kept = t % self.every == 0, (t + 1) % self.every == 0
         self._start = []
         # From here until the step is done nothing is kept: it may fail.
         self._follows, self._kept = self._kept == t - 1, -1
-        if not (probed or kept or self._measured < 0):
-            return
+        if self._looks_at(t):
+            self._look_before(t, first)
+
+    @torch.no_grad()
+    def _look_before(self, t: int, first: Mapping[Tensor, Tensor] | None) -> None:
+        probed, kept = t % self.every == 0, (t + 1) % self.every == 0
         self._start = [layer.latent.clone() for layer in self._layers]
         if not (probed or kept):
             return
@@ -186,10 +186,16 @@ class ZigZag:
             self._add("trial_agreement", self._cosines(gradients, [layer.gradient_in(None) for layer in self._layers]))
         self._gradients = gradients if kept else []
 
-    @torch.no_grad()
     def after_update(self) -> None:
         """See `blaq.optim.observer.StepObserver`."""
         t = self._steps
+        if self._looks_at(t):
+            self._look_after(t)
+        else:
+            self._start, self._last_start, self._kept = [], [], -1
+
+    @torch.no_grad()
+    def _look_after(self, t: int) -> None:
         probed, kept = t % self.every == 0, (t + 1) % self.every == 0
         if probed or self._measured < 0:
             # Without the step before, its move is zero, and has no angle.
@@ -218,6 +224,10 @@ class ZigZag:
                 layer.origin += widen(layer.latent) - widen(before[layer.p])
                 layer.look_away()
         self._kept = -1
+
+    def _looks_at(self, t: int) -> bool:
+        """Whether step t is probed, or looked at for the next one, or the first whose length is measured."""
+        return t % self.every == 0 or (t + 1) % self.every == 0 or self._measured < 0
 
     def _cosines(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
         three = zip(self._layers, a, b, strict=True)
