@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import islice
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from blaq.optim.compiled import Codes, surroundings, usable
 from blaq.optim.held import State
 from blaq.optim.passes import Found, How
 from blaq.optim.rows import Rows, Taken, matrix
-from blaq.optim.running import Pass, Shape
+from blaq.optim.running import Pass, Shape, in_pieces
 from blaq.optim.update import Group
 
 TOGETHER_UP_TO = 2**16  # weights of a parameter: copying more costs more than the calls that it saves
@@ -32,6 +33,16 @@ _ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 Entry = tuple[Group, Tensor, Tensor, State]
 """A parameter with its group, its gradient and its state."""
+
+
+class Plan(NamedTuple):
+    """What a pass over a batch needs, but for gradients and rates: the same in every step, where nothing is copied."""
+
+    shape: Shape
+    taken: Taken
+    codes: Codes | None
+    quantized: Pass | None
+    """None without a grid."""
 
 
 @dataclass(eq=False)
@@ -57,8 +68,8 @@ class Batch:
     states: Sequence[State]
     _codes: Codes = field(default_factory=Codes)
     _kept: dict[str, Rows] = field(default_factory=dict)
-    _taken: dict[tuple[Shape, tuple[str, ...]], Taken] = field(default_factory=dict)
-    _passes: dict[tuple[Callable[..., Found], How, bool], Pass] = field(default_factory=dict)
+    _plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)
+    _passes: dict[tuple[object, ...], Pass] = field(default_factory=dict)
 
     def how(self, t: int) -> How | None:
         """What the passes of a step are compiled for; None without a grid. The first step with a gradient is solved exactly."""
@@ -80,17 +91,28 @@ class Batch:
                 if key in self.states[0]:
                     self._rows_of(key).move_together()
             self._kept.clear()  # views of memory that has been left
-            self._taken.clear()
+            self._plans.clear()
+
+    def plan(self, function: Callable[..., Found], keys: Sequence[str], t: int) -> Plan:
+        """What a pass over some entries of the states needs, which finds the scales of step t."""
+        how = self.how(t)
+        key = function, id(how), self.t == 1  # of those there are few, and they stay; hashing one takes long
+        plan = self._plans.get(key)
+        if plan is None:
+            codes = self.codes
+            shape = self.shape if how is None or codes is None else in_pieces(self.shape)
+            taken = self.take(shape, *keys)
+            quantized = self._pass_of(function, how, taken.matrices[0]) if how is not None else None
+            plan = Plan(shape, taken, codes, quantized)
+            if not taken.rows:
+                self._plans[key] = plan
+        return plan
 
     def take(self, shape: Shape, *keys: str) -> Taken:
         """Entries of all states as one matrix each, also "parameter"; a parameter without latent weights is its own."""
-        taken = self._taken.get((shape, keys))
-        if taken is None:
-            rows = tuple(map(self._rows_of, keys))
-            taken = Taken(tuple(row.take(shape) for row in rows), rows)
-            if all(row.view(shape) is not None for row in rows):
-                taken = self._taken[shape, keys] = Taken(taken.matrices)
-        return taken
+        rows = tuple(map(self._rows_of, keys))
+        in_place = all(row.view(shape) is not None for row in rows)
+        return Taken(tuple(row.take(shape) for row in rows), () if in_place else rows)
 
     def take_gradients(self, gradients: Sequence[Tensor], shape: Shape) -> Tensor:
         """Gradients as one matrix."""
@@ -100,25 +122,9 @@ class Batch:
         """Write what the parameters shall hold, unless it has been written in `room`."""
         self._rows_of("parameter").put(matrix)
 
-    def pass_of(self, function: Callable[..., Found], how: How, like: Tensor) -> Pass:
-        """A pass over matrices such as `like`."""
-        key = (function, how, self.codes is None)
-        found = self._passes.get(key)
-        if found is None:
-            found = self._passes[key] = Pass(function, how, self.shape[0], like, self.codes)
-        return found
-
-    def in_rows(self, key: str, matrix: Tensor) -> Tensor:
-        """A matrix of another shape in rows: where it is the memory of an entry, the view that is kept of that."""
-        view = self._rows_of(key).view(self.shape)
-        # Tensors without entries all have the same address.
-        same = view is not None and view.dtype == matrix.dtype and view.data_ptr() == matrix.data_ptr()
-        return view if view is not None and same else matrix.view(self.shape)
-
     def scales(self) -> Tensor:
         """The scales that the projection starts from, (rows of all, S)."""
-        scales = self.state("scale")
-        return scales[0] if len(scales) == 1 else torch.cat(scales)
+        return self.states[0]["scale"] if len(self.states) == 1 else torch.cat(self.state("scale"))
 
     def put_scales(self, scales: Tensor) -> None:
         """Write the scales back."""
@@ -139,6 +145,13 @@ class Batch:
         """Where to write what the parameters shall hold: the memory of a single one itself, if it can be read as the matrix."""
         view = self._rows_of("parameter").view(shape)
         return self._likes[0].new_empty(shape, dtype=dtype) if view is None or view.dtype != dtype else view
+
+    def _pass_of(self, function: Callable[..., Found], how: How, like: Tensor) -> Pass:
+        key = function, id(how), self.codes is None
+        found = self._passes.get(key)
+        if found is None:
+            found = self._passes[key] = Pass(function, how, self.shape[0], like, self.codes)
+        return found
 
     def _rows_of(self, key: str) -> Rows:
         rows = self._kept.get(key)
@@ -180,6 +193,7 @@ class Kept:
         self._versions: list[int] = []
         self._batches: list[Batch] = []
         self._settled = False  # whether they have been the same twice, and their states been moved together
+        self._steps: Tensor | None = None  # all of them in one memory, once settled
 
     def of(self, entries: Sequence[Entry], fast: bool) -> list[Batch]:
         """The batches of parameters with gradients, about to take their next step; `fast`: compile what is taken often."""
@@ -197,10 +211,11 @@ class Kept:
             if not self._settled:
                 for batch in self._batches:
                     batch.move_together()
+                self._steps = _together([state["step"] for batch in self._batches for state in batch.states])
                 self._layout, self._settled = _sorted_by(entries, fast)[1], True
         else:
             self._held, self._layout, self._batches = held, layout, batches(entries, fast)
-            self._settled = False
+            self._settled, self._steps = False, None
             self._counters = [state[name] for *_, state in entries for name in ("step", "trial_step") if name in state]
             self._versions = [counter._version for counter in self._counters]
         return self._batches
@@ -214,16 +229,26 @@ class Kept:
         """The batches have taken their step; with `remember` its gradient is now the last one."""
         self.release()
         states = [state for batch in self._batches for state in batch.states]
-        if states:
+        if self._steps is not None:
+            self._steps.add_(1)
+        elif states:
             steps = [state["step"] for state in states]
             # On a CPU torch would make a tensor of the number, for each of them.
             torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1)
-            if remember:
-                torch._foreach_copy_([state["trial_step"] for state in states], steps)
+        if remember and states:
+            torch._foreach_copy_([state["trial_step"] for state in states], [state["step"] for state in states])
         for batch in self._batches:
             batch.remembers = remember
             batch.t += 1
         self._versions = [counter._version for counter in self._counters]
+
+
+def _together(tensors: list[Tensor]) -> Tensor | None:
+    """Move tensors into one memory, where they can be, and return that."""
+    if not tensors or tensors[0].device.type not in _WITH_STORAGES:
+        return None
+    Rows(tensors, tensors).move_together()
+    return Rows(tensors, tensors).view((1, len(tensors)))
 
 
 def _sorted_by(entries: Iterable[Entry], fast: bool) -> tuple[list[object], list[object]]:

@@ -8,12 +8,15 @@ import functools
 import logging
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.autograd.graph import increment_version
 
 # Weights of an optimizer from which compiling pays back: it takes seconds, and a step of fewer is short.
 COMPILED_FROM = 2**18
@@ -77,24 +80,25 @@ def call(
     try:
         compiled = _Compiler.of(function, options)
         aliases = [_alias(tensor) for tensor in tensors]
-        with warnings.catch_warnings(), torch._dynamo.config.patch(_COMPILER):
+        versions = list(map(_version, aliases))
+        with warnings.catch_warnings(), torch._dynamo.config.patch(_COMPILER), _noting() as runs:
             warnings.simplefilter("ignore")  # of the compiler about torch's own code
             result = compiled(*aliases)
     except Exception as error:  # of the compiler, before anything is computed: their classes are torch's own affair
-        _Compiler.broken, _Compiler.last = True, None
+        _Compiler.broken = True
         _log.warning(
             "torch.compile does not work here, steps run uncompiled (slower): %s", " ".join(str(error).split()[:40])
         )
         return plain()
-    code = _Code.that_ran(_Compiler.last, aliases, result)
+    written = [i for i, alias in enumerate(aliases) if _version(alias) != versions[i]]
+    code = _Code.that_ran(runs, aliases, result, written)
     if code is not None:
         _Compiler.codes[function, setting] = code
-    _Compiler.last = None
     return result
 
 
 class _Run(NamedTuple):
-    """What torch.compile called last."""
+    """A call of compiled code."""
 
     graph: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -102,30 +106,34 @@ class _Run(NamedTuple):
 
 
 class _Code(NamedTuple):
-    """Compiled code, with its arguments for some shapes: positions of tensors, or numbers."""
+    """Compiled code, with its arguments for some shapes: tensors, or numbers."""
 
     graph: Callable[..., Any]
-    positions: list[int | None]
-    numbers: list[Any]
+    pick: Callable[[Sequence[Any]], tuple[Any, ...]]
+    """Its arguments, of the tensors and the numbers after them."""
+    numbers: tuple[int, ...]
+    written: tuple[int, ...]
+    """Positions of the tensors that it changes."""
 
     @staticmethod
-    def that_ran(run: _Run | None, tensors: list[Tensor], result: Any) -> "_Code | None":
+    def that_ran(runs: list[_Run], tensors: list[Tensor], result: Any, written: list[int]) -> "_Code | None":
         """The code of a call, if all that it was given and gave is understood."""
-        if run is None or not isinstance(run.outputs, list | tuple):
+        if len(runs) != 1 or not isinstance(runs[0].outputs, list | tuple):
             return None
+        run = runs[0]
         given = [id(t) for t in tensors]
-        positions = [given.index(id(a)) if id(a) in given else None for a in run.arguments]
+        numbers = tuple(a for a in run.arguments if id(a) not in given)
         whole = result is run.outputs[0] if len(run.outputs) == 1 else result is None and not run.outputs
-        rest = [a for a, position in zip(run.arguments, positions, strict=True) if position is None]
-        if not whole or any(not isinstance(a, int) for a in rest):
+        if not whole or len(run.arguments) < 2 or any(not isinstance(a, int) for a in numbers):
             return None
-        numbers = [a if position is None else None for a, position in zip(run.arguments, positions, strict=True)]
-        return _Code(run.graph, positions, numbers)
+        after = iter(range(len(given), len(given) + len(numbers)))
+        pick = itemgetter(*[given.index(id(a)) if id(a) in given else next(after) for a in run.arguments])
+        return _Code(run.graph, pick, numbers, tuple(written))
 
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """Call it."""
-        pairs = zip(self.positions, self.numbers, strict=True)
-        outputs = self.graph(*[number if at is None else tensors[at] for at, number in pairs])
+        outputs = self.graph(list(self.pick((*tensors, *self.numbers))))
+        increment_version([tensors[at] for at in self.written])
         return outputs[0] if outputs else None
 
 
@@ -144,7 +152,6 @@ class _Compiler:
 
     broken: ClassVar[bool] = False
     codes: ClassVar[dict[tuple[Callable[..., Any], Any], _Code]] = {}
-    last: ClassVar[_Run | None] = None
 
     @staticmethod
     @functools.cache
@@ -155,16 +162,36 @@ class _Compiler:
         inductor: Callable[..., Any] = torch._dynamo.lookup_backend("inductor")
 
         def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
-            code = inductor(graph, inputs, config_patches=dict(options))
-
-            def noted(*arguments: Any) -> Any:
-                outputs = code(*arguments)
-                _Compiler.last = _Run(code, arguments, outputs)
-                return outputs
-
-            return noted
+            code: Callable[..., Any] = inductor(graph, inputs, config_patches=dict(options))
+            return code
 
         return torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
+
+
+@contextmanager
+def _noting() -> Iterator[list[_Run]]:
+    """Notes which compiled loops are called, and with what.
+
+    Around them torch calls two dozen functions of its own, which look after gradients and aliases. There are none here, and
+    that takes as long as a small layer.
+    """
+    from torch._inductor.output_code import CompiledFxGraph
+
+    runs: list[_Run] = []
+    plain = CompiledFxGraph.__call__
+
+    def noted(self: CompiledFxGraph, inputs: Sequence[Any]) -> Any:
+        arguments = tuple(inputs)  # the call clears them
+        outputs = plain(self, inputs)
+        assert self.current_callable is not None
+        runs.append(_Run(self.current_callable, arguments, outputs))
+        return outputs
+
+    CompiledFxGraph.__call__ = noted  # type: ignore[method-assign]
+    try:
+        yield runs
+    finally:
+        CompiledFxGraph.__call__ = plain  # type: ignore[method-assign]
 
 
 def _setting(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -176,6 +203,10 @@ def _alias(tensor: Tensor) -> Tensor:
     """The same memory, as no view of anything: the compiler looks at what a view is of, and compiles anew for other shapes."""
     memory = tensor.untyped_storage()
     return tensor.new_empty(0).set_(memory, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # those of inference mode have none
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

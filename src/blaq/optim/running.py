@@ -29,7 +29,7 @@ Shape = tuple[int, int]
 
 
 class Pass:
-    """A pass over the matrices of a batch, again and again.
+    """A pass over the matrices of a batch, and the writing after it, again and again.
 
     Args:
         function: one of `blaq.optim.passes`.
@@ -42,13 +42,19 @@ class Pass:
     def __init__(
         self, function: Callable[..., Found], how: How, rows: int, like: Tensor, codes: compiled.Codes | None
     ) -> None:
-        self._function, self._how, self._rows = function, how, rows
+        self.how = how
+        self._function, self._rows = function, rows
         self._dtype, self._device = like.dtype, like.device
         self._pieces, self._empty = len(like), not like.numel()
         self._columns = like.numel() // max(rows, 1)
         self._codes = None if self._empty else codes
         self._nowhere = like.new_empty(rows, 0) if how.grid.has_closed_form else None
-        self._whole = self._empty or _piece(self._columns) is None
+        self._ones = _ones(self._pieces, like.dtype, like.device) if self._pieces <= _FEW else None
+        # Looked up once: to hash a grid takes as long as a call of compiled code.
+        whole = self._empty or _piece(self._columns) is None
+        self._with_numbers = functools.cache(functools.partial(_with_numbers, function, how, whole))
+        self._write = _with_grid(passes.write, how.grid, 3)
+        self._write_over = _with_grid(passes.write_over, how.grid, 2)
 
     def __call__(
         self,
@@ -63,27 +69,31 @@ class Pass:
         """
         if self._codes is None:
             return self._plain(tensors, scale, rates, aside, room)
-        how = self._how
-        metric: tuple[Tensor, ...] = () if how.follows else (room(),)
+        metric: tuple[Tensor, ...] = () if self.how.follows else (room(),)
         at = self._looks(scale, aside) if self._nowhere is None else self._nowhere
-        told = _numbers(rates, self._dtype, self._device) if self._whole else self._a_piece(rates)
+        ones = at.new_ones(self._pieces, 1, dtype=self._dtype) if self._ones is None else self._ones
         found: Tensor | None = compiled.call(
-            _with_numbers(self._function, how, len(rates), _Fixed.of(rates[0]), self._whole),
-            (*tensors, *metric, at, scale, told),
+            self._with_numbers(len(rates), _Fixed.of(rates[0])),
+            (*tensors, *metric, at, scale, ones, _numbers(rates, self._dtype, self._device)),
             lambda: self._plain(tensors, scale, rates, aside, room),
             known=self._codes,
         )
         return metric[0] if found is None else found
 
-    def _a_piece(self, rates: tuple[Rates, ...]) -> Tensor:
-        """The numbers once a piece, (pieces, numbers)."""
-        if self._pieces <= _FEW:
-            return _repeated(rates, self._pieces, self._dtype, self._device)
-        return _numbers(rates, self._dtype, self._device).repeat(self._pieces, 1)
+    def write(self, p: Tensor, w: Tensor, scale: Tensor) -> None:
+        """`passes.write`, in rows; w may be p itself."""
+        if self._codes is None:
+            write_values(p, w, scale, self.how.grid)
+            return
+        scale = scale.contiguous()  # whichever solver has made it
+        over = p.data_ptr() == w.data_ptr()
+        function, tensors = (self._write_over, (p, scale)) if over else (self._write, (p, w, scale))
+        compiled.call(function, tensors, lambda: write_values(p, w, scale, self.how.grid), known=self._codes)
+        increment_version(p)  # the alias that was written to has a count of its own
 
     def _looks(self, scale: Tensor, aside: float) -> Tensor:
         """Where to look, a piece: of many rows compiled too, else it takes a fifth of the time of the pass."""
-        grid = self._how.grid
+        grid = self.how.grid
         scale = scale.to(self._dtype)
         if self._rows <= _FEW:
             at = looks(scale, grid, aside)
@@ -105,7 +115,7 @@ class Pass:
         room: Callable[[], Tensor],
     ) -> Tensor:
         """As it is: what it makes for a moment stays small, and in cache."""
-        how, shape = self._how, (self._rows, self._columns)
+        how, shape = self.how, (self._rows, self._columns)
         if how.follows and self._empty:
             return scale
         tensors = tuple(t.view(shape) for t in tensors)
@@ -150,21 +160,7 @@ def run_float(
         return
     given = (*tensors, _numbers(rates, like.dtype, like.device))
     compiled.call(_float_with_numbers(function, len(rates), _Fixed.of(rates[0])), given, plain, known=codes)
-    increment_version(like)  # see `run_write`
-
-
-def run_write(p: Tensor, w: Tensor, scale: Tensor, grid: Grid, codes: compiled.Codes | None) -> None:
-    """`passes.write`, with `codes` compiled, where it can be; w may be p itself."""
-    if codes is None:
-        write_values(p, w, scale, grid)
-        return
-    scale = scale.contiguous()  # whichever solver has made it
-    function, tensors = (
-        (passes.write_over, (p, scale)) if p.data_ptr() == w.data_ptr() else (passes.write, (p, w, scale))
-    )
-    function = _with_grid(function, grid, len(tensors))
-    compiled.call(function, tensors, lambda: write_values(p, w, scale, grid), known=codes)
-    increment_version(p)  # the alias that was written to has a count of its own
+    increment_version(like)  # see `Pass.write`
 
 
 def solve(w: Tensor, found: Tensor, how: How, fast: bool) -> Tensor:
@@ -224,13 +220,13 @@ def _numbers(rates: tuple[Rates, ...], dtype: torch.dtype, device: torch.device)
 
 
 @functools.lru_cache(maxsize=8)
-def _repeated(rates: tuple[Rates, ...], pieces: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _numbers(rates, dtype, device).repeat(pieces, 1)
-
-
-@functools.lru_cache(maxsize=8)
 def _number(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor([number], dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(count, 1, dtype=dtype, device=device)
 
 
 @functools.cache
@@ -255,21 +251,19 @@ def _float_with_numbers(function: Callable[..., Any], steps: int, fixed: _Fixed)
 
 
 @functools.cache
-def _with_numbers(
-    function: Callable[..., Any], how: How, steps: int, fixed: _Fixed, whole: bool
-) -> Callable[..., Any]:
+def _with_numbers(function: Callable[..., Any], how: How, whole: bool, steps: int, fixed: _Fixed) -> Callable[..., Any]:
     """The pass with its numbers, those of one step or two, in one tensor, the last argument.
 
-    `whole`: rows are not in pieces, and the numbers are told once. Else they are told once a piece: the compiler would see one
-    flat loop in the update and one over pieces in the sums, which it does not join, and compute every entry twice, or store it
-    between.
+    `whole`: rows are not in pieces.
     """
 
     def with_numbers(*arguments: Tensor) -> Any:
-        *tensors, at, scale, told = arguments
+        *tensors, at, scale, ones, numbers = arguments
         metric = None if how.follows else tensors.pop()
-        numbers = told.unbind() if whole else told.split(1, 1)
-        found = function(*tensors, at, *fixed.rates(numbers, steps), how)
+        # Told once a piece: else the compiler sees one flat loop in the update and one over pieces in the sums, which it does
+        # not join, and computes every entry twice, or stores it between.
+        told = numbers.unbind() if whole else [number * ones for number in numbers.unbind()]
+        found = function(*tensors, at, *fixed.rates(told, steps), how)
         if isinstance(found, Tensor):
             assert metric is not None
             metric.copy_(found)

@@ -52,10 +52,9 @@ class BufferState:
     def __init__(self, module: nn.Module | None) -> None:
         owners = _all_modules(module) if module is not None else ()
         self._buffers = [(owner._buffers, dict(owner._buffers)) for owner in owners]
-        found = {
-            id(b): b for _, then in self._buffers if then for b in then.values() if b is not None and _is_writable(b)
-        }
-        self._values = [(buffer, buffer.detach().clone()) for buffer in found.values()]
+        found = {id(b): b for _, then in self._buffers if then for b in then.values() if b is not None}
+        with torch.no_grad():
+            self._values = [(buffer, buffer.clone()) for buffer in found.values() if _is_writable(buffer)]
 
     def restore(self) -> None:
         """Put every buffer back: the same tensor object, with the same values."""

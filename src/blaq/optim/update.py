@@ -124,7 +124,7 @@ def backtrack(w: Tensor, m: Tensor, v: Tensor, g: Tensor, g_trial: Tensor, r: Ra
 
 
 def _follow(m: Tensor, g: Tensor, r: Rates) -> None:
-    """m <- m + (1 - beta1) (g - m), in place; as torch's Adam, which decides for every entry of a tensor on which end is near."""
+    """m <- m + (1 - beta1) (g - m), in place; told a tensor, torch's own would choose the nearer end for every entry anew."""
     if not isinstance(r.follow1, Tensor):
         m.lerp_(g, r.follow1)
     elif r.near:

@@ -38,15 +38,13 @@ def _codes(values_RN: Tensor, scale_RS: Tensor, grid: Grid) -> Tensor:
     return ((levels + grid.largest) / spacing + 0.5).floor()  # 0 is nearer to the positive level, where it is none
 
 
-def look(
-    values_RN: Tensor, scale_RS: Tensor, seen_RN: Tensor, counting: Sequence[Tensor], grid: Grid
-) -> Tensor:
+def look(values_RN: Tensor, scale_RS: Tensor, seen_RN: Tensor, counting: Sequence[Tensor], grid: Grid) -> Tensor:
     """Look at the codes, in place; returns how many have changed since the last look.
 
     Args:
         values_RN: what the parameter holds, in rows.
         scale_RS: its scales, float32.
-        seen_RN: the codes at the last look, plus a quarter where a code rose when it changed last, minus a quarter where it fell;
+        seen_RN: the codes at the last look, plus a quarter where one rose when it changed last, minus a quarter where it fell;
             afterwards those of this one. In float16, which holds this exactly: compiled code works through bytes one by one.
         counting: how often codes changed back, an exponential average, float32 (R, N), and how much of it stays and how much
             enters, float32 (2,); empty for a look that does not count.
@@ -57,7 +55,7 @@ def look(
     changed = difference.abs() > 0.5
     if counting:
         frequency_RN, rates = counting
-        # The product is -1/16 or 0 where a code did not change, positive where it went on, and -5/16 or less where it went back.
+        # The product is -1/16 or 0 where a code stayed, positive where it went on, and -5/16 or less where it went back.
         back = difference * direction(last) < -0.125
         frequency_RN.copy_(frequency_RN * rates[0] + torch.where(back, rates[1], 0.0))
     seen_RN.copy_(torch.where(changed, codes + torch.where(difference > 0, 0.25, -0.25), last))
