@@ -677,6 +677,16 @@ def test_a_state_of_something_else_is_refused() -> None:
             other.zigzag.load_state_dict(state)
 
 
+@pytest.mark.parametrize("lost", ["path", "seen"], ids=["of all", "of a layer"])
+def test_a_state_of_another_version_is_refused(lost: str) -> None:
+    path = Path([0.0, 1.0], [1.0])
+    state = path.zigzag.state_dict()
+    for part in (state, *state["layers"]):
+        part.pop(lost, None)
+    with pytest.raises(ValueError, match=rf"the state has no {lost}: it is of another version of blaq; make the run anew"):
+        path.zigzag.load_state_dict(state)
+
+
 # --- gradient error ---------------------------------------------------------------------------------------------------
 
 

@@ -293,7 +293,9 @@ class ZigZag:
         Raises:
             ValueError: a state of other layers, shapes or ``every``.
         """
-        if absent := [key for key in _OF_ALL if key not in state]:
+        of_layers = [(key, layer) for layer in state.get("layers", ()) for key in _OF_LAYER]
+        expected = [*((key, state) for key in _OF_ALL), *of_layers]
+        if absent := list(dict.fromkeys(key for key, part in expected if key not in part)):
             raise ValueError(
                 f"ZigZag.load_state_dict(): the state has no {', '.join(absent)}: it is of another version of blaq; make "
                 "the run anew, or go on without the state."
