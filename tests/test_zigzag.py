@@ -683,7 +683,9 @@ def test_a_state_of_another_version_is_refused(lost: str) -> None:
     state = path.zigzag.state_dict()
     for part in (state, *state["layers"]):
         part.pop(lost, None)
-    with pytest.raises(ValueError, match=rf"the state has no {lost}: it is of another version of blaq; make the run anew"):
+    with pytest.raises(
+        ValueError, match=rf"the state has no {lost}: it is of another version of blaq; make the run anew"
+    ):
         path.zigzag.load_state_dict(state)
 
 

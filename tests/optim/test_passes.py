@@ -230,6 +230,26 @@ def test_without_a_compiler_steps_run_uncompiled_with_one_line_in_the_log(
     assert_close(trained(3, compile=False), ended, rtol=0)
 
 
+@pytest.mark.parametrize("trial", ["none", "past"])
+def test_autograd_sees_what_compiled_steps_have_written(trial: str) -> None:
+    """As uncompiled ones: a tensor that a graph has saved before is refused after, and not one that was only read."""
+    seen = []
+    for compile in (False, True):
+        p, b = nn.Parameter(torch.randn(300, 300)), nn.Parameter(torch.ones(300))  # a matrix, and a row of its own
+        opt = blaq.BLAQ([{"params": [p], "grid": "binary"}, {"params": [b]}], trial=trial, compile=compile)
+        moved = set()
+        for _ in range(4):
+            p.grad, b.grad = torch.ones_like(p), torch.ones_like(b)
+            states = {key: opt.state[p][key] for key in ("latent", "exp_avg", "exp_avg_sq", "scale")}
+            watched = {**states, "p": p, "b": b, "gradient": p.grad}
+            before = {name: t._version for name, t in watched.items()}
+            opt.step()
+            moved = {name for name, t in watched.items() if t._version > before[name]}
+        seen.append(moved)
+    assert not compiled._Compiler.broken
+    assert seen == [{"latent", "exp_avg", "exp_avg_sq", "scale", "p", "b"}] * 2
+
+
 def test_small_networks_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "call", lambda *_: pytest.fail("compiled"))
     trained(2)
