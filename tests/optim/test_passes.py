@@ -13,7 +13,8 @@ import blaq
 from blaq.bins import PLAIN
 from blaq.exact import exact
 from blaq.grids import Grid
-from blaq.optim import batches, compiled, loops, running
+from blaq.optim import batches, compiled, loops, running, update
+from blaq.optim.update import Rates
 from blaq.solvers import looks
 
 
@@ -228,6 +229,21 @@ def test_without_a_compiler_steps_run_uncompiled_with_one_line_in_the_log(
         "torch.compile does not work here, steps run uncompiled (slower): no compiler here and details"
     ]
     assert_close(trained(3, compile=False), ended, rtol=0)
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.5, 0.3, 0.0])
+def test_a_moment_told_by_a_tensor_moves_as_by_a_number(beta1: float) -> None:
+    """As compiled code is told, against torch's own `lerp`; from either end, for each of which there is code of its own."""
+    group = {"lr": 0.1, "betas": (beta1, 0.9), "eps": 1e-8, "a": 0.7, "weight_decay": 0.0, "clip": None, "grid": None}
+    rates = Rates.of(group, 3)
+    m, v, g = torch.randn(3, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    told, expected = m.clone(), m.clone().lerp_(g, 1 - beta1)
+    update.advance(told, v.square(), g, rates._replace(follow1=torch.tensor(rates.follow1, dtype=torch.float64)))
+    assert rates.near == (beta1 > 0.5)
+    torch.testing.assert_close(told, expected, rtol=1e-14, atol=1e-15)
+    plain, fast = (trained(4, betas=(beta1, 0.9), compile=compile) for compile in (False, True))
+    assert_close(plain, fast, rtol=2e-4)
+    assert not compiled._Compiler.broken
 
 
 @pytest.mark.parametrize("trial", ["none", "past"])

@@ -64,7 +64,7 @@ class BLAQ(TwoHalves):
     State of a parameter: ``step``; ``exp_avg``, ``exp_avg_sq`` (shape of p); with a grid also ``latent`` (shape of p) and
     ``scale`` ((rows, 1), float32); with ``"past"`` and ``"delayed"`` ``trial_grad`` and ``trial_step`` (the last gradient,
     and its step); with ``"past"`` ``latent`` always, and in `eval` ``trial`` and ``trial_scale``. Tensors of quantized
-    parameters are at least float32; those of small parameters come to share a memory (safetensors wants clones of them).
+    parameters are at least float32; those of small ones, and every ``step``, come to share a memory (safetensors wants clones).
     In every group: ``grid``, ``granularity``, ``solver``, the options, ``steps``, ``gradient_evaluations``, ``evaluating``,
     ``format``.
 

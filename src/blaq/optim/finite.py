@@ -71,7 +71,7 @@ def _all_small(tensors: list[Tensor]) -> bool:
     """Whether the squared norms of tensors are finite: the moment adds up squares. One synchronisation a device and dtype."""
     alike: dict[tuple[bool | torch.device, torch.dtype], list[Tensor]] = {}
     for t in tensors:
-        alike.setdefault((t.is_cpu or t.device, t.dtype), []).append(t)
+        alike.setdefault((t.is_cpu or t.device, t.dtype), []).append(t)  # to ask for a device makes one
     return all(_all_small_alike(some, dtype) for (_, dtype), some in alike.items())
 
 
